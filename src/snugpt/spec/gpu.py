@@ -13,9 +13,13 @@ Backend = Literal["cuda", "cpu", "mps", "rocm"]
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A device that holds and runs a model.
 
-    `memory_bytes` is what the driver reports as total; `usable_bytes` what a process can have of it.
-    `flops` are dense rates (no structured sparsity) in FLOP/s per number format; a format the device
-    has no fast path for is absent.
+    `memory_bytes` is what the driver reports as total, `usable_bytes` what a process can have of
+    it. `bandwidth_bytes_per_s` is the peak of the device memory. `flops` are dense rates (no
+    structured sparsity, fp32 accumulation) in FLOP/s per number format; a format the device has no
+    fast path for is absent.
+
+    A field named in `recalled` was not found on any page of `sources`: what follows from it is
+    assumed, not read.
     """
 
     id: str
@@ -28,7 +32,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     capability: tuple[int, int] | None = None  # CUDA compute capability
     unified: bool = False  # memory shared with the CPU
     num_multiprocessors: int | None = None
-    pytorch: str = ""  # which PyTorch builds still hold kernels for it
-    aliases: tuple[str, ...] = ()
-    source: str = ""  # address of the page the figures were read on, or "recalled"
-    date: str = ""  # the day it was read
+    pytorch: str = ""  # which PyTorch builds still hold kernels for it, with a way to install them
+    aliases: tuple[str, ...] = ()  # people's spellings beyond the id and the name
+    sources: tuple[str, ...] = ()  # addresses of the pages the figures were read on
+    date: str = ""  # the day they were read, YYYY-MM-DD
+    recalled: tuple[str, ...] = ()  # names of the fields above that come from memory

@@ -1,0 +1,1 @@
+"""snugpt plans, trains and runs the GPT that fits your GPU."""

@@ -1,0 +1,175 @@
+"""The `snugpt` stack: our own model as lists of operations, and what lies in memory beside it.
+
+Read beside `model/gpt.py`: the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snugpt.estimate import kinds as kind
+from snugpt.estimate.attending import attention, cached_attention
+from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
+from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
+from snugpt.spec.recipe import BYTES
+from snugpt.spec.shape import ModelShape
+
+NAME = "snugpt"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of the model: its operations and the buffer that enters it."""
+
+    entry: Buffer | None
+    operations: tuple[Operation, ...]
+
+    @property
+    def result(self) -> Buffer:
+        """The buffer that leaves it."""
+        return self.operations[-1].result
+
+
+def embedding_part(net: Net) -> Part:
+    """From tokens to the first layer's input: `GPT.embedded`."""
+    weights = edge_weights(net.shape)
+    operations = [kind.embedding(net, weights["embedding"])]
+    x = operations[0].result
+    if net.shape.style == "nanochat":
+        operations.append(kind.norm(net, x, 1, name="residual stream", text=""))
+    if net.shape.style == "gpt2":
+        operations.append(kind.positions(net, x, weights["positions"]))
+    if net.dropout:
+        operations.append(kind.dropout(net, operations[-1].result))
+    return Part(None, tuple(operations))
+
+
+def layer_part(net: Net, layer: int, cache_tokens: int | None = None) -> Part:
+    """One layer: `Block.attention` and `Block.mlp`; with a cache its keys and values go there."""
+    x = net.per_token("residual stream", net.shape.model_dim, "C")
+    weights = layer_weights(net.shape, layer)
+    operations: list[Operation] = []
+    middle = _attention_sublayer(net, x, weights, operations, cache_tokens)
+    _mlp_sublayer(net, middle, weights, operations)
+    return Part(x, tuple(operations))
+
+
+def _attention_sublayer(
+    net: Net,
+    x: Buffer,
+    weights: dict[str, Weight],
+    operations: list[Operation],
+    cache_tokens: int | None,
+) -> Buffer:
+    shape = net.shape
+
+    def run(operation: Operation) -> Buffer:
+        operations.append(operation)
+        return operation.result
+
+    h = run(_norm(net, x, weights.get("attention_norm")))
+    q = run(kind.linear(net, h, weights["query"], "queries", "C"))
+    k = run(kind.linear(net, h, weights["key"], "keys", "K·D"))
+    v = run(kind.linear(net, h, weights["value"], "values", "K·D"))
+    if "value_embedding" in weights:
+        ve = run(kind.embedding(net, weights["value_embedding"], name="value embeddings"))
+        v = run(kind.value_gate(net, h, v, ve, weights["value_gate"]))
+    if shape.style != "gpt2":
+        q = run(kind.rotary(net, q))
+        k = run(kind.rotary(net, k))
+    if shape.style == "nanochat":
+        q = run(kind.norm(net, q, shape.num_heads, name="queries", text="H"))
+        k = run(kind.norm(net, k, shape.num_kv_heads, name="keys", text="K"))
+    if cache_tokens is None:
+        y = run(attention(net, q, k, v))
+    else:
+        run(kind.cache_write(net, k, v))
+        y = run(cached_attention(net, q, cache_tokens))
+    y = run(kind.linear(net, y, weights["output"], "sublayer outputs", "C"))
+    if net.dropout:
+        y = run(kind.dropout(net, y))
+    return run(kind.residual_add(net, x, y))
+
+
+def _mlp_sublayer(
+    net: Net, x: Buffer, weights: dict[str, Weight], operations: list[Operation]
+) -> Buffer:
+    def run(operation: Operation) -> Buffer:
+        operations.append(operation)
+        return operation.result
+
+    h = run(_norm(net, x, weights.get("mlp_norm")))
+    a = run(kind.linear(net, h, weights["up"], "mlp inputs", "M"))
+    if net.shape.style == "nanochat":
+        a = run(kind.relu_squared(net, a))
+    elif net.shape.style == "gpt2":
+        a = run(kind.gelu(net, a))
+    else:
+        gate = run(kind.linear(net, h, weights["gate"], "mlp inputs", "M"))
+        a = run(kind.swiglu(net, gate, a))
+    y = run(kind.linear(net, a, weights["down"], "sublayer outputs", "C"))
+    if net.dropout:
+        y = run(kind.dropout(net, y))
+    return run(kind.residual_add(net, x, y))
+
+
+def _norm(net: Net, x: Buffer, weight: Weight | None) -> Operation:
+    name = "norm outputs"
+    if weight is None:
+        return kind.norm(net, x, 1, name=name, text="")
+    return kind.weighted_norm(net, x, weight, name=name)
+
+
+def last_norm(net: Net, x: Buffer) -> Operation:
+    """The norm before the head."""
+    return _norm(net, x, edge_weights(net.shape).get("norm"))
+
+
+def head_weight(shape: ModelShape, weights: dict[str, Weight]) -> Weight:
+    """The output projection: the embedding itself where they are tied."""
+    return weights["embedding"] if shape.tied_embeddings else weights["head"]
+
+
+def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
+    """What lies in memory between steps: weights, tables, masks, optimizer state, workspace."""
+    shape, runtime, mask_tokens = net.shape, net.runtime, net.seq_len
+    buffers: list[Buffer] = []
+    weight_bytes = FP32 if net.casts_weights else BYTES[net.compute_dtype]
+    for weight in all_weights(shape):
+        name = f"weights: {group_of(weight.name)}"
+        formula = f"parameters·{weight_bytes}"
+        buffers.append(net.fixed(name, "weights", weight.elements * weight_bytes, formula))
+        if optimizer:
+            buffers += _optimizer_state(net, weight, optimizer)
+    if shape.style != "gpt2":
+        size = shape.context_len * (shape.head_dim // 2) * net.width_bytes
+        table = net.fixed("rotary tables", "weights", size, "context·D/2 each")
+        buffers += [table, net.fixed("rotary tables", "weights", size, "context·D/2 each")]
+    if runtime.attention != "flash":
+        windows = {shape.window_tokens(i) for i in range(shape.num_layers)} - {None}
+        size = mask_tokens * mask_tokens * net.width_bytes
+        for window in windows:
+            if window is not None and window < mask_tokens:
+                buffers.append(net.fixed("window masks", "weights", size, "windows·T·T"))
+    if runtime.device == "cuda":
+        buffers.append(_cublas_workspace(net))
+    return tuple(buffers)
+
+
+def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
+    """Muon: one fp32 momentum per matrix. AdamW: two fp32 moments and a counter (a 4-byte tensor)."""
+    size = weight.elements * FP32
+    if optimizer == "muon" and group_of(weight.name) == "matrices":
+        return [net.fixed("Muon momentum", "optimizer", size, "matrices·4")]
+    return [
+        net.fixed("AdamW moments", "optimizer", size, "2·parameters·4"),
+        net.fixed("AdamW moments", "optimizer", size, "2·parameters·4"),
+        net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor"),
+    ]
+
+
+def _cublas_workspace(net: Net) -> Buffer:
+    """cuBLAS's workspace in PyTorch: 32 MiB on Hopper, 8.125 MiB elsewhere (CUDABlas.cpp)."""
+    capability = net.runtime.capability or (0, 0)
+    size = 32 * 2**20 if capability[0] == 9 else 4096 * 2 * 1024 + 8 * 16 * 1024
+    return net.fixed("cuBLAS workspace", "workspace", size, "constant of the card")

@@ -1,0 +1,217 @@
+"""One training step as a timeline: what `model/step.py` does, operation by operation.
+
+The step after the first is walked: optimizer state exists, gradients do not. Two micro-steps stand for
+any number above one, because from the second on they are all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from snugpt.estimate import kinds as kind
+from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
+from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
+from snugpt.estimate.stacks import snugpt as stack
+from snugpt.estimate.stacks.snugpt import Part
+from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
+from snugpt.estimate.walk import Walk, forward, recompute, sequence
+from snugpt.spec.memory import Phase
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape
+
+Layers = dict[bool, Part]  # one layer of each kind: with and without a value embedding
+
+
+class TrainingStep:
+    """Places the segments of one step; make one, call `timeline` once."""
+
+    def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
+        self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
+        self.net = Net(shape, runtime, recipe.compute_dtype, recipe.seq_len)
+        self.chunk = None if recipe.loss == "plain" else recipe.loss_chunk_tokens
+        self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
+        net, kinds = self.net, self.kinds
+        self.layers = {k: stack.layer_part(net, kinds.index(k)) for k in dict.fromkeys(kinds)}
+        self.embedding = stack.embedding_part(net)
+        self.stream = net.per_token("residual stream", shape.model_dim, "C")
+        self.gradient = net.gradient_of(self.stream)
+        self.norm = stack.last_norm(net, self.stream)
+        weights = edge_weights(shape)
+        head = weights["embedding"] if shape.tied_embeddings else weights["head"]
+        self.loss = kind.head_loss(net, self.norm.result, head, self.chunk)
+        self.embedding_keeps = any(
+            self.embedding.result in op.keeps for op in self.embedding.operations
+        )
+        self.recomputes = recipe.checkpoint == "blocks"
+        self.placed: list[Placed] = []
+        self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
+        for part in self.layers.values():
+            self._same_tensor(part.entry, self.stream)
+            self._same_tensor(part.result, self.stream)
+
+    def timeline(self) -> Timeline:
+        """The whole step, and an evaluation batch after it."""
+        total = self.net.fixed("loss", "logits", FP32, "4")
+        self._place("forward", -1, [Event(1, total)])
+        self._micro_step(first=True)
+        if self.recipe.grad_accum_steps > 1:
+            self._micro_step(first=False)
+        self._place("clip", -1, self._clip())
+        self._place("optimizer", -1, self._matrix_updates())
+        self._release_gradients()
+        self._place("optimizer", -1, [Event(-1, total)])
+        self._evaluate()
+        resident = stack.resident(self.net, self.recipe.optimizer)
+        return Timeline(resident, tuple(self.placed), self.block_bytes, self.aliases)
+
+    def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
+        if events:
+            self.placed.append(Placed(phase, layer, Segment(events, self.block_bytes)))
+
+    def _place_layers(
+        self, phase: Phase, segment_of: Callable[[Part, bool], list[Event]], *, reverse: bool
+    ) -> None:
+        """Place one segment per layer; each kind of layer is walked once, the first on its own.
+
+        `segment_of` is told whether the layer is the first: what enters that one may be kept by
+        the embedding's norm.
+        """
+        made: dict[tuple[bool, bool], Segment] = {}
+        layers = range(self.shape.num_layers)
+        for layer in reversed(layers) if reverse else layers:
+            key = self.kinds[layer], layer == 0 and self.embedding_keeps
+            if key not in made:
+                events = segment_of(self.layers[key[0]], key[1])
+                made[key] = Segment(events, self.block_bytes)
+            self.placed.append(Placed(phase, layer, made[key]))
+
+    def _layer_forward(self, part: Part, entry_is_kept: bool) -> list[Event]:
+        hold = self.recomputes or entry_is_kept
+        return forward(part.operations, part.entry, keep=not self.recomputes, hold_entry=hold)
+
+    def _micro_step(self, *, first: bool) -> None:
+        batch = self._batch_ids()
+        last = self.shape.num_layers
+        self._place("forward", -1, sequence(batch))
+        self._place("forward", -1, forward(self.embedding.operations, None, keep=True))
+        self._place_layers("forward", self._layer_forward, reverse=False)
+        self._place("forward", last, forward([self.norm], self.stream, keep=True))
+        h = self.norm.result
+        held = h in self.norm.keeps
+        self._place("loss", last, forward([self.loss], h, keep=True, hold_entry=held))
+        self._backward(first=first)
+        self._place("backward", -1, [*(Event(-1, b) for b in batch), Event(-1, self.loss.result)])
+
+    def _batch_ids(self) -> tuple[Buffer, ...]:
+        return tuple(
+            self.net.per_token(name, 1, "", element_bytes=INT64, category="batch")
+            for name in ("tokens", "targets")
+        )
+
+    def _backward(self, *, first: bool) -> None:
+        tied = {"embedding": 2} if self.shape.tied_embeddings else {}
+        walk = Walk(first, tied)
+        root = self.net.fixed("loss", "logits", FP32, "4")
+        events, left = walk.backward([self.norm, self.loss], self.stream, root)
+        self._place("backward", self.shape.num_layers, [Event(1, root), *events])
+        self._same_tensor(left, self.gradient)
+        self._place_layers("backward", partial(self._layer_backward, first), reverse=True)
+        events, _ = walk.backward(self.embedding.operations, None, self.gradient)
+        self._place("backward", -1, events)
+
+    def _layer_backward(self, first: bool, part: Part, entry_is_kept: bool) -> list[Event]:
+        assert part.entry is not None
+        events = recompute(part.operations, part.entry) if self.recomputes else []
+        hold = self.recomputes and not entry_is_kept
+        backward, left = Walk(first).backward(
+            part.operations, part.entry, self.gradient, hold_entry=hold
+        )
+        self._same_tensor(left, self.gradient)
+        return [*events, *backward]
+
+    def _same_tensor(self, name: Buffer | None, tensor: Buffer) -> None:
+        if name is not None and name is not tensor:
+            self.aliases[name] = tensor
+
+    def _clip(self) -> list[Event]:
+        """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
+        num_tensors = sum(1 for _ in all_weights(self.shape))
+        each = self.net.fixed("gradient norms", "workspace", FP32, "4 per parameter tensor")
+        stacked = self.net.fixed("gradient norms", "workspace", num_tensors * FP32, "tensors·4")
+        return [
+            *(Event(1, each) for _ in range(num_tensors)), Event(1, stacked), Event(-1, stacked),
+            *(Event(-1, each) for _ in range(num_tensors)),
+        ]  # fmt: skip
+
+    def _matrix_updates(self) -> list[Event]:
+        """Muon's transients, once per size of matrix; the fused AdamW has none."""
+        if self.recipe.optimizer != "muon":
+            return []
+        sizes = {
+            (w.rows, w.columns)
+            for layer in {k: self.kinds.index(k) for k in self.layers}.values()
+            for w in layer_weights(self.shape, layer).values()
+            if group_of(w.name) == "matrices"
+        }
+        return [e for rows, columns in sorted(sizes) for e in self._newton_schulz(rows, columns)]
+
+    def _newton_schulz(self, rows: int, columns: int) -> list[Event]:
+        """`optimizers.orthogonalised`: the matrix twice and two squares of its smaller side."""
+        width = 2 if self.net.cuda else FP32
+        small = min(rows, columns)
+
+        def made(elements: int, text: str) -> Buffer:
+            return self.net.fixed("Muon scratch", "optimizer", elements * width, f"{text}·{width}")
+
+        cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
+        gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
+        first = (cast,) if self.net.cuda else ()
+        return sequence(
+            (*first, x, *first, gram, polynomial, gram, following, x, polynomial, following)
+        )
+
+    def _release_gradients(self) -> None:
+        """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
+        edges = ((self.norm, self.loss), self.embedding.operations)
+        seen: set[str] = set()
+        for operations in edges:
+            events = []
+            for weight, buffer in _weight_gradients(operations):
+                if weight.name not in seen:
+                    seen.add(weight.name)
+                    events.append(Event(-1, buffer))
+            self._place("optimizer", -1, events)
+        self._place_layers("optimizer", _released, reverse=True)
+
+    def _evaluate(self) -> None:
+        """`model.step.evaluate_batch` with the training's device batch, without gradients."""
+        net = replace(self.net, drops=False)
+        batch, last = self._batch_ids(), self.shape.num_layers
+        self._place("evaluate", -1, sequence(batch))
+        embedding = stack.embedding_part(net)
+        self._place("evaluate", -1, forward(embedding.operations, None, keep=False))
+        self._same_tensor(embedding.result, self.stream)
+        self._place_layers("evaluate", partial(self._layer_evaluated, net), reverse=False)
+        self._place("evaluate", last, forward([self.norm], self.stream, keep=False))
+        losses = kind.token_losses(net, self.norm.result, self.chunk)
+        events = forward([losses], self.norm.result, keep=False)
+        self._place("evaluate", last, [*events, Event(-1, losses.result)])
+        self._place("evaluate", -1, [Event(-1, b) for b in batch])
+
+    def _layer_evaluated(self, net: Net, part: Part, entry_is_kept: bool) -> list[Event]:
+        layer = self.kinds.index(next(k for k, p in self.layers.items() if p is part))
+        quiet = stack.layer_part(net, layer) if net.shape.dropout else part
+        self._same_tensor(quiet.entry, self.stream)
+        self._same_tensor(quiet.result, self.stream)
+        return forward(quiet.operations, quiet.entry, keep=False)
+
+
+def _released(part: Part, entry_is_kept: bool) -> list[Event]:
+    return [Event(-1, buffer) for _, buffer in _weight_gradients(part.operations)]
+
+
+def _weight_gradients(operations: tuple[Operation, ...]) -> list[tuple[Weight, Buffer]]:
+    return [pair for op in operations for pair in op.weight_gradients]

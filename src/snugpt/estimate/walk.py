@@ -1,0 +1,187 @@
+"""The walk: a list of operations becomes the events of its forward and backward passes.
+
+It follows PyTorch's rules, which are simple when every operation is one autograd function:
+
+- a tensor is freed after its last reader, unless an operation keeps it;
+- backward runs the list in reverse; an operation's incoming gradient is freed when its call returns,
+  then what it alone still kept;
+- a second gradient for the same tensor is added in place if nobody else holds the first one, else into
+  a new tensor (InputBuffer.cpp, `accumulate`);
+- a parameter's first gradient is taken over as it is; later ones are added and freed
+  (accumulate_grad.h); where a parameter is used twice, the first waits for the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from snugpt.estimate.operations import Buffer, Operation, Weight
+from snugpt.estimate.timeline import Event
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A gradient and how many places hold it."""
+
+    buffer: Buffer
+    holders: int = 1
+
+
+@dataclass(slots=True)
+class Walk:
+    """The walk of one micro-step. `first` is the one that finds no gradients yet.
+
+    `uses` counts how often a weight occurs, by name, where that is more than once.
+    """
+
+    first: bool = True
+    uses: dict[str, int] = field(default_factory=dict)
+    _waiting: dict[str, tuple[Buffer, int]] = field(default_factory=dict)
+
+    def backward(
+        self,
+        operations: Sequence[Operation],
+        entry: Buffer | None,
+        incoming: Buffer,
+        *,
+        hold_entry: bool = False,
+    ) -> tuple[list[Event], Buffer | None]:
+        """Events of the reversed list; returns also the gradient of `entry` that is left alive.
+
+        `incoming` is the gradient of the last result. With `hold_entry` the entry goes at the end.
+        """
+        events: list[Event] = []
+        keepers = _count_keepers(operations)
+        slots = {operations[-1].result: Held(incoming)}
+        if hold_entry and entry is not None:
+            keepers[entry] = keepers.get(entry, 0) + 1
+        for operation in reversed(operations):
+            arrived = slots.pop(operation.result, None)
+            events += sequence(operation.backward)
+            handed_on = [
+                (target, arrived if grad is None else Held(grad))
+                for target, grad in operation.gradients
+            ]
+            if arrived is not None:
+                arrived.holders += sum(grad is None for _, grad in operation.gradients)
+                _let_go(arrived, events)
+            for buffer in operation.keeps:
+                keepers[buffer] -= 1
+                if not keepers[buffer] and not _is_gradient(operation, buffer):
+                    events.append(Event(-1, buffer))
+            for target, held in handed_on:
+                assert held is not None
+                _add(slots, target, held, events)
+            for weight, buffer in operation.weight_gradients:
+                self._give(weight, buffer, events)
+        if hold_entry and entry is not None:
+            events.append(Event(-1, entry))
+        left = None if entry is None else slots.pop(entry, None)
+        return events, None if left is None else left.buffer
+
+    def _give(self, weight: Weight, buffer: Buffer, events: list[Event]) -> None:
+        """Hand a gradient to its parameter, once all its uses have contributed."""
+        first, given = self._waiting.pop(weight.name, (buffer, 0))
+        if given:
+            events.append(Event(-1, buffer))  # added into the one that waited
+        if given + 1 < self.uses.get(weight.name, 1):
+            self._waiting[weight.name] = first, given + 1
+        elif not self.first:
+            events.append(Event(-1, first))  # added into the gradient that is there
+
+
+def forward(
+    operations: Sequence[Operation],
+    entry: Buffer | None,
+    *,
+    keep: bool,
+    hold_entry: bool = False,
+) -> list[Event]:
+    """Events of the list run forward; with `keep` what backward needs stays alive."""
+    events: list[Event] = []
+    last_reader = {buffer: i for i, op in enumerate(operations) for buffer in op.reads}
+    kept: set[Buffer] = {b for op in operations for b in op.keeps} if keep else set()
+    if hold_entry and entry is not None:
+        kept.add(entry)
+    for i, operation in enumerate(operations):
+        events += sequence(operation.forward)
+        for buffer in _left_over(operation.forward):
+            if buffer is not operation.result and buffer not in kept:
+                events.append(Event(-1, buffer))
+        for buffer in dict.fromkeys(operation.reads):
+            if last_reader[buffer] == i and buffer not in kept:
+                events.append(Event(-1, buffer))
+    return events
+
+
+def recompute(operations: Sequence[Operation], entry: Buffer) -> list[Event]:
+    """Events of running a checkpointed list again, up to the last operation that keeps something.
+
+    PyTorch stops there (`early_stop` of torch.utils.checkpoint); what was made and is not kept goes.
+    """
+    last = max(i for i, op in enumerate(operations) if op.keeps)
+    needed = operations[: last + 1]
+    events = forward(needed, entry, keep=True, hold_entry=True)
+    kept = {b for op in needed for b in op.keeps} | {entry}
+    alive: dict[Buffer, int] = {}
+    for sign, buffer in events:
+        alive[buffer] = alive.get(buffer, 0) + sign
+    events += [Event(-1, b) for b, n in alive.items() if n and b not in kept]
+    return events
+
+
+def sequence(buffers: Sequence[Buffer]) -> list[Event]:
+    """A buffer is allocated where it is first named and freed where it is named again."""
+    events: list[Event] = []
+    alive: set[Buffer] = set()
+    for buffer in buffers:
+        if buffer in alive:
+            alive.remove(buffer)
+            events.append(Event(-1, buffer))
+        else:
+            alive.add(buffer)
+            events.append(Event(1, buffer))
+    return events
+
+
+def _left_over(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """What a sequence leaves alive: the buffers named once."""
+    return [b for b in buffers if buffers.count(b) == 1]
+
+
+def _count_keepers(operations: Sequence[Operation]) -> dict[Buffer, int]:
+    keepers: dict[Buffer, int] = {}
+    for operation in operations:
+        for buffer in operation.keeps:
+            keepers[buffer] = keepers.get(buffer, 0) + 1
+    return keepers
+
+
+def _is_gradient(operation: Operation, buffer: Buffer) -> bool:
+    """Whether a kept buffer is handed out as a gradient instead of being freed."""
+    return any(buffer is grad for _, grad in operation.gradients) or any(
+        buffer is grad for _, grad in operation.weight_gradients
+    )
+
+
+def _let_go(held: Held, events: list[Event]) -> None:
+    held.holders -= 1
+    if not held.holders:
+        events.append(Event(-1, held.buffer))
+
+
+def _add(slots: dict[Buffer, Held], target: Buffer, held: Held, events: list[Event]) -> None:
+    """Bring a gradient to a tensor that may have one already."""
+    present = slots.get(target)
+    if present is None:
+        slots[target] = held
+    elif present.holders == 1:
+        _let_go(held, events)
+    else:
+        total = Held(Buffer("activation gradients", "activations", target.fixed_bytes,
+                            target.sequence_bytes, target.formula))  # fmt: skip
+        events.append(Event(1, total.buffer))
+        _let_go(present, events)
+        _let_go(held, events)
+        slots[target] = total

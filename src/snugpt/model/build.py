@@ -1,0 +1,77 @@
+"""Build a model: on the meta device to count it, on a real one to run it; set its first weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from snugpt.model.gpt import DTYPES, GPT
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape, ParameterGroup
+
+
+def build(
+    shape: ModelShape,
+    runtime: Runtime,
+    *,
+    compute_dtype: str = "fp32",
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+) -> GPT:
+    """Return the model on `device`; with a seed its weights are set, without they are empty."""
+    with torch.device(device):
+        model = GPT(shape, runtime, compute_dtype)
+    if seed is not None:
+        set_weights(model, seed)
+    return model
+
+
+def build_for_generation(shape: ModelShape, runtime: Runtime, weight_dtype: str, device) -> GPT:
+    """Return an empty model without gradients whose weights are stored in `weight_dtype`."""
+    with torch.device(device):
+        model = GPT(shape, runtime, weight_dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(DTYPES[weight_dtype])
+    return model.eval()
+
+
+def group_of(name: str) -> ParameterGroup:
+    """The group of a parameter by the name it has in `GPT`."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("embedding", "positions"):
+        return "embedding"
+    if leaf == "value_embedding" or leaf == "head":
+        return leaf
+    return "norms" if leaf.endswith("norm") else "matrices"
+
+
+@torch.no_grad()
+def set_weights(model: GPT, seed: int) -> None:
+    """Draw the first weights. The same seed gives the same weights on one kind of device.
+
+    nanochat style: unit-variance embeddings (they are normed), uniform matrices of variance 1 / C,
+    projections into the residual stream zero, head 0.001. Others: 0.02, residual projections
+    0.02 / sqrt(2 L), as in GPT-2. Norm weights one, value gates zero (they then let half through).
+    """
+    generator = torch.Generator(model.embedding.device).manual_seed(seed)
+    for name, weight in model.named_parameters():
+        _set_weight(name.rsplit(".", 1)[-1], weight, model.shape, generator)
+
+
+def _set_weight(leaf: str, weight: Tensor, shape: ModelShape, generator: torch.Generator) -> None:
+    if leaf.endswith("norm"):
+        weight.fill_(1.0)
+    elif shape.style != "nanochat":
+        residual = leaf in ("output", "down")
+        std = 0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02
+        weight.normal_(0.0, std, generator=generator)
+    elif leaf in ("output", "down", "value_gate"):
+        weight.zero_()
+    elif leaf in ("embedding", "head"):
+        weight.normal_(0.0, 1.0 if leaf == "embedding" else 0.001, generator=generator)
+    else:
+        bound = math.sqrt(3.0 / shape.model_dim)  # uniform with variance 1 / C
+        weight.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,66 @@
+"""One optimisation step with named phases: training, tracing and probing all call this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from snugpt.model.gpt import GPT
+from snugpt.spec.memory import Phase
+from snugpt.spec.recipe import TrainingRecipe
+
+Batch = tuple[Tensor, Tensor]  # tokens and targets, (B, T) int64 each
+Mark = Callable[[Phase], None]
+
+
+def no_mark(phase: Phase) -> None:
+    """Ignore the name of the phase that begins."""
+
+
+def step(
+    model: GPT,
+    optimizers: Sequence[torch.optim.Optimizer],
+    recipe: TrainingRecipe,
+    batch_of: Callable[[int], Batch],
+    mark: Mark = no_mark,
+) -> Tensor:
+    """Take one optimizer step; return the mean cross-entropy of its tokens in nats, ().
+
+    `batch_of(i)` gives the i-th micro-batch; `mark(phase)` is called as each phase begins. Nothing
+    here waits for the device.
+    """
+    total = torch.zeros((), device=model.embedding.device)
+    scale = recipe.world_size / recipe.total_batch_tokens
+    for micro_step in range(recipe.grad_accum_steps):
+        total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
+    mark("clip")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
+    mark("optimizer")
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return total
+
+
+def micro_batch(
+    model: GPT, recipe: TrainingRecipe, batch: Batch, scale: float, mark: Mark
+) -> Tensor:
+    """Forward and backward of one micro-batch; its tensors are gone when this returns."""
+    tokens, targets = batch
+    mark("forward")
+    h = model.hidden(tokens)
+    mark("loss")
+    loss = model.loss(h, targets, chunk=recipe.loss_chunk_tokens, scale=scale)
+    del h
+    mark("backward")
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate_batch(model: GPT, recipe: TrainingRecipe, batch: Batch) -> Tensor:
+    """The cross-entropy of each token of one batch in nats, (B * T,)."""
+    tokens, targets = batch
+    return model.token_losses(model.hidden(tokens), targets, chunk=recipe.loss_chunk_tokens)

@@ -1,0 +1,193 @@
+"""Tensors on disk: safetensors written one tensor at a time, read back into a model in place.
+
+Weights are stored by parameter name, optimizer state as "adamw/<parameter name>/exp_avg", so that
+neither the order of parameters nor their grouping is part of the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from snugpt.errors import FailedError
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+HEADER_MULTIPLE_BYTES = 8  # the format's alignment: padded headers let readers map the tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The optimizer that updates one parameter."""
+
+    optimizer: torch.optim.Optimizer
+    parameter: nn.Parameter
+    on_device: bool  # whether scalars of the state live on the parameter's device
+
+
+def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: the header, then each tensor.
+
+    safetensors' own writer copies all tensors to host memory first; this holds one at a time.
+    """
+    # Wide elements first, so that every tensor starts at a multiple of its element size
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % HEADER_MULTIPLE_BYTES)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().view(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, by name; a tied one under its first name."""
+    return dict(model.named_parameters())
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The optimizers' state by "<optimizer>/<parameter name>/<key>"; empty before the first step.
+
+    Rates and other hyperparameters are left out: they belong to the recipe's schedule.
+    """
+    return {
+        f"{prefix}/{key}": value
+        for prefix, owner in _owners(model, optimizers).items()
+        for key, value in owner.optimizer.state.get(owner.parameter, {}).items()
+    }
+
+
+class TensorFile:
+    """An open safetensors file and the name of the checkpoint it belongs to."""
+
+    def __init__(self, file: Any, origin: Path) -> None:
+        self.file, self.origin = file, origin
+        self.names: frozenset[str] = frozenset(file.keys())
+
+    def check_weights(self, model: nn.Module, *, cast: bool) -> None:
+        """Raise FailedError unless the file holds exactly the model's weights.
+
+        Shapes must agree; dtypes too, unless `cast`.
+        """
+        weights = weights_of(model)
+        self._refuse(sorted(self.names - weights.keys()), "holds {}, which the model lacks")
+        self._refuse(sorted(weights.keys() - self.names), "lacks {}, which the model has")
+        for name, weight in weights.items():
+            self._check_shape(name, [weight.shape])
+            if not cast and self._dtype(name) != DTYPE_NAMES[weight.dtype]:
+                there = self._dtype(name)
+                raise self._mismatch(f"holds {name} as {there}, the model has {weight.dtype}")
+
+    @torch.no_grad()
+    def copy_weights(self, model: nn.Module) -> None:
+        """Overwrite the model's weights in place."""
+        for name, weight in weights_of(model).items():
+            weight.copy_(self.file.get_tensor(name))
+
+    def check_optimizers(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        """Raise FailedError if the file holds state that no optimizer here has a place for."""
+        owners = _owners(model, optimizers)
+        for name in sorted(self.names):
+            owner = owners.get(name.rpartition("/")[0])
+            if owner is None:
+                raise self._mismatch(f"holds {name}, for which no optimizer here has a place")
+            self._check_shape(name, [owner.parameter.shape, torch.Size()])
+
+    def copy_optimizers(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        """Overwrite the optimizers' state in place; what no step has made yet is made here."""
+        owners = _owners(model, optimizers)
+        stored = {name.rpartition("/")[0] for name in self.names}
+        for prefix in owners.keys() - stored:
+            owners[prefix].optimizer.state.pop(owners[prefix].parameter, None)
+        for name in sorted(self.names):
+            prefix, _, key = name.rpartition("/")
+            _put_state(owners[prefix], key, self.file.get_tensor(name))
+
+    def _dtype(self, name: str) -> str:
+        return self.file.get_slice(name).get_dtype()
+
+    def _check_shape(self, name: str, allowed: Sequence[torch.Size]) -> None:
+        there = tuple(self.file.get_slice(name).get_shape())
+        if there not in allowed:
+            here = tuple(allowed[0])
+            raise self._mismatch(f"holds {name} of shape {there}, the model's is {here}")
+
+    def _refuse(self, names: Sequence[str], complaint: str) -> None:
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise self._mismatch(complaint.format(names[0] + more))
+
+    def _mismatch(self, complaint: str) -> FailedError:
+        return FailedError(
+            f"checkpoint {self.origin} {complaint}", hint=f"cat {self.origin / 'state.json'}"
+        )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TensorFile]:
+    """Open a verified file; anything the format or the disk refuses is a one-line FailedError."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield TensorFile(file, path.parent)
+    except (OSError, SafetensorError) as error:
+        raise FailedError(f"could not read {path}: {error}", hint=f"ls -l {path.parent}") from error
+
+
+def _owners(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Owner]:
+    """Who updates each parameter, by "<optimizer>/<parameter name>"."""
+    name_of = {parameter: name for name, parameter in weights_of(model).items()}
+    owners = {}
+    for optimizer in optimizers:
+        label = type(optimizer).__name__.lower()
+        for group in optimizer.param_groups:
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            for parameter in group["params"]:
+                owner = Owner(optimizer, parameter, on_device)
+                owners[f"{label}/{name_of[parameter]}"] = owner
+    return owners
+
+
+@torch.no_grad()
+def _put_state(owner: Owner, key: str, value: Tensor) -> None:
+    """Set one entry of a parameter's state, in its own storage where it has one."""
+    state = owner.optimizer.state[owner.parameter]
+    present = state.get(key)
+    if present is None or (present.shape, present.dtype) != (value.shape, value.dtype):
+        # PyTorch keeps a step counter on the host unless the update itself reads it on the device
+        scalar_on_host = not value.dim() and not owner.on_device
+        device = torch.device("cpu") if scalar_on_host else owner.parameter.device
+        present = torch.empty_like(value, device=device)
+        state[key] = present
+    present.copy_(value)

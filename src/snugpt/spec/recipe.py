@@ -1,0 +1,126 @@
+"""Recipes: how one training step is taken, and how tokens are generated.
+
+Every lever of the product is a field here, under one name from the flag to the plan. A field with one
+allowed value states what a run does; it becomes a choice when the trainer can do otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from snugpt.errors import BadQuestionError, bad_value
+
+ComputeDtype = Literal["fp32", "bf16"]
+Optimizer = Literal["muon", "adamw"]
+Checkpoint = Literal["none", "blocks"]
+Loss = Literal["chunked", "plain"]
+
+BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What moves the loss but not the memory: rates, warm-up, decay, clipping, seed, intervals."""
+
+    learning_rate: float  # AdamW, for everything Muon does not take
+    matrix_learning_rate: float  # Muon
+    weight_decay: float
+    warmup_fraction: float
+    cooldown_fraction: float
+    final_fraction: float
+    clip_norm: float
+    seed: int
+    eval_every_steps: int
+    eval_tokens: int
+    save_every_steps: int
+
+    def __post_init__(self) -> None:
+        for field in ("learning_rate", "matrix_learning_rate", "clip_norm"):
+            value = getattr(self, field)
+            if not 0.0 < value < 1e4:  # also refuses NaN
+                raise bad_value(field, value, "above 0, below 10000")
+        for field in ("weight_decay", "warmup_fraction", "cooldown_fraction", "final_fraction"):
+            value = getattr(self, field)
+            if not 0.0 <= value <= 1.0:
+                raise bad_value(field, value, "0 to 1")
+        if not 0 <= self.seed < 2**63:
+            raise bad_value("seed", self.seed, "0 to 2**63 - 1")
+        for field in ("eval_every_steps", "eval_tokens", "save_every_steps"):
+            if getattr(self, field) < 1:
+                raise bad_value(field, getattr(self, field), "at least 1")
+
+
+class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one optimizer step is taken.
+
+    device_batch_size x seq_len x grad_accum_steps x world_size = total_batch_tokens.
+    """
+
+    task: Literal["train"] = "train"
+    seq_len: int
+    device_batch_size: int
+    grad_accum_steps: int
+    world_size: int = 1
+    total_batch_tokens: int
+    total_tokens: int
+    compute_dtype: ComputeDtype
+    loss: Loss
+    loss_chunk_tokens: int
+    checkpoint: Checkpoint
+    optimizer: Optimizer
+    state_dtype: Literal["fp32"] = "fp32"
+    weight_dtype: Literal["master"] = "master"
+    fp8: Literal["off"] = "off"
+    compile: Literal["off"] = "off"
+    sharding: Literal["none"] = "none"
+    offload: Literal["none"] = "none"
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        for field in ("seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens"):
+            if not 1 <= getattr(self, field) <= 1 << 40:
+                raise bad_value(field, getattr(self, field), "1 to 2**40")
+        tokens = self.device_batch_size * self.seq_len * self.grad_accum_steps * self.world_size
+        if tokens != self.total_batch_tokens:
+            raise BadQuestionError(
+                f"total_batch_tokens = {self.total_batch_tokens} is not {self.device_batch_size} x"
+                f" {self.seq_len} x {self.grad_accum_steps} x {self.world_size} = {tokens}",
+                hint=f"snugpt plan --total-batch-tokens {tokens}",
+            )
+        if self.total_tokens < 1:
+            raise bad_value("total_tokens", self.total_tokens, "at least 1")
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one forward and backward pass on one device."""
+        return self.device_batch_size * self.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps until `total_tokens` have been seen."""
+        return -(-self.total_tokens // self.total_batch_tokens)
+
+
+class GenerationRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are generated: `batch` sequences, each a prompt and what follows it."""
+
+    task: Literal["generate"] = "generate"
+    batch: int
+    prompt_tokens: int
+    max_new_tokens: int
+    kv_dtype: ComputeDtype
+    weight_dtype: ComputeDtype
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "prompt_tokens", "max_new_tokens"):
+            if not 1 <= getattr(self, field) <= 1 << 24:
+                raise bad_value(field, getattr(self, field), "1 to 2**24")
+
+    @property
+    def cache_len(self) -> int:
+        """Tokens each sequence can hold: the static cache is this long from the start."""
+        return self.prompt_tokens + self.max_new_tokens
+
+
+Recipe = TrainingRecipe | GenerationRecipe

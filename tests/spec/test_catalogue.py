@@ -1,0 +1,270 @@
+"""The GPU catalogue: every row has its source, every spelling its card, and no card its sibling."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import date
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snugpt.errors import BadQuestionError, SnugError
+from snugpt.spec import catalogue as catalogue_module
+from snugpt.spec.catalogue import catalogue, find_gpu
+from snugpt.spec.gpu import Gpu
+from snugpt.units import GIB, MIB
+
+ROWS = list(catalogue().values())
+CUDA_ROWS = [gpu for gpu in ROWS if gpu.backend == "cuda"]
+
+GEFORCE_RTX = "2060 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+DATA_CENTRE = "v100-16gb v100-32gb t4 a10 l4 l40s a100-40gb a100-80gb h100-80gb h200 b200"
+NEEDED = [
+    *(f"rtx-{number}" for number in GEFORCE_RTX.split()),
+    *("gtx-1060-6gb", "gtx-1070"),
+    *DATA_CENTRE.split(),
+]
+
+SPELLINGS = {
+    "RTX 4090": "rtx-4090",
+    "4090": "rtx-4090",
+    "rtx4090": "rtx-4090",
+    "rtx_4090": "rtx-4090",
+    "  NVIDIA GeForce RTX 4090 ": "rtx-4090",
+    "GeForce® RTX™ 4090": "rtx-4090",
+    "4090 24GB": "rtx-4090",
+    "RTX 4090 (24 GB)": "rtx-4090",
+    "rtx-4090-24g": "rtx-4090",
+    "geforce rtx 3060": "rtx-3060",
+    "RTX 3060 12 GiB": "rtx-3060",
+    "3070ti": "rtx-3070-ti",
+    "NVIDIA GeForce RTX 3090 Ti": "rtx-3090-ti",
+    "rtx 3080 10gb": "rtx-3080",
+    "GeForce GTX 1060 6GB": "gtx-1060-6gb",
+    "gtx 1060": "gtx-1060-6gb",
+    "1070": "gtx-1070",
+    "RTX 5090 32GB": "rtx-5090",
+    "Tesla T4": "t4",
+    "Tesla V100-SXM2-16GB": "v100-16gb",
+    "Tesla V100-SXM2-32GB": "v100-32gb",
+    "v100": "v100-16gb",
+    "v100 32g": "v100-32gb",
+    "NVIDIA A10": "a10",
+    "A100": "a100-40gb",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB PCIe": "a100-pcie-80gb",
+    "a100 80 gb": "a100-80gb",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "h100": "h100-80gb",
+    "H100 SXM": "h100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H100 PCIe": "h100-pcie-80gb",
+    "NVIDIA H200": "h200",
+    "B200": "b200",
+    "Apple M1 Max": "m1-max-64gb",
+    "M4 Max 128GB": "m4-max-128gb",
+}
+
+REFUSED = [
+    "",
+    " ",
+    "NaN",
+    "None",
+    "NVIDIA",
+    "GeForce GPU",
+    "rtx",
+    "40",
+    "rtx 4090 ti",
+    "rtx 4090 d",
+    "rtx 4090 laptop",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "rtx 4090 48gb",
+    "2x rtx 4090",
+    "rtx 3060 ti",
+    "rtx 3060 8gb",
+    "rtx 3080 12gb",
+    "rtx 2060 8gb",
+    "rtx 2060 super",
+    "gtx 4090",
+    "gtx 1060 3gb",
+    "a100 20gb",
+    "a10g",
+    "a10 0",
+    "a1000",
+    "l40",
+    "Tesla V100-PCIE-16GB",
+    "h100 nvl",
+    "h200 nvl",
+    "m1 ultra",
+    "m4",
+    "rtx 4090.0",
+    "rtx 4090é",
+    "４０９０",
+    "-4090e3",
+    "4" * 100_000,
+]
+
+
+def identity(gpu: Gpu) -> str:
+    return gpu.id
+
+
+@pytest.mark.parametrize("card_id", NEEDED)
+def test_every_promised_card_is_there(card_id: str) -> None:
+    assert catalogue()[card_id].id == card_id
+
+
+def test_two_kinds_of_apple_memory_are_there() -> None:
+    assert sum(gpu.backend == "mps" and gpu.unified for gpu in ROWS) >= 2
+
+
+@pytest.mark.parametrize("gpu", ROWS, ids=identity)
+class TestRow:
+    """What must hold for each row by itself."""
+
+    def test_id_is_lower_case_words_with_hyphens(self, gpu: Gpu) -> None:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", gpu.id)
+
+    def test_has_an_opened_source_and_the_day(self, gpu: Gpu) -> None:
+        assert gpu.sources
+        assert all(re.fullmatch(r"https?://[a-z0-9.-]+/\S+", source) for source in gpu.sources)
+        assert len(set(gpu.sources)) == len(gpu.sources)
+        assert date.fromisoformat(gpu.date) >= date(2026, 11, 20)
+
+    def test_recalled_names_fields_that_exist_and_never_all_of_them(self, gpu: Gpu) -> None:
+        figures = {"memory_bytes", "usable_bytes", "bandwidth_bytes_per_s", "flops"}
+        assert set(gpu.recalled) <= figures | {"capability", "num_multiprocessors"}
+        assert not figures <= set(gpu.recalled)
+
+    def test_says_which_pytorch_builds_run_on_it(self, gpu: Gpu) -> None:
+        old = gpu.capability is not None and gpu.capability < (7, 5)
+        assert gpu.pytorch
+        assert ("cu126" in gpu.pytorch) == old
+
+    def test_id_and_names_resolve_to_itself(self, gpu: Gpu) -> None:
+        for name in (gpu.id, gpu.name, *gpu.aliases, gpu.id.upper(), gpu.id.replace("-", " ")):
+            assert find_gpu(name) == gpu
+
+    def test_memory_and_bandwidth_are_plausible(self, gpu: Gpu) -> None:
+        assert 5 * GIB < gpu.memory_bytes < 300 * GIB
+        assert gpu.memory_bytes % MIB == 0
+        assert 0.6 * gpu.memory_bytes < gpu.usable_bytes < gpu.memory_bytes
+        assert 50e9 < gpu.bandwidth_bytes_per_s < 10e12
+
+    def test_rates_are_in_flops_and_rise_as_formats_shrink(self, gpu: Gpu) -> None:
+        assert 2e12 < gpu.flops["fp32"] < 120e12
+        assert gpu.flops.get("tf32", gpu.flops["fp32"]) <= gpu.flops.get("bf16", 1e18)
+        assert gpu.flops.get("fp16", 1e18) >= gpu.flops["fp32"]
+        assert gpu.flops.get("bf16", gpu.flops.get("fp16")) == gpu.flops.get("fp16")
+
+
+@pytest.mark.parametrize("gpu", CUDA_ROWS, ids=identity)
+class TestCudaRow:
+    """What the CUDA generations have in common."""
+
+    def test_driver_keeps_less_than_a_tenth(self, gpu: Gpu) -> None:
+        assert gpu.usable_bytes > 0.9 * gpu.memory_bytes
+
+    def test_formats_follow_the_compute_capability(self, gpu: Gpu) -> None:
+        assert gpu.capability is not None
+        assert ("fp16" in gpu.flops) == (gpu.capability >= (7, 0))
+        assert ("bf16" in gpu.flops) == ("tf32" in gpu.flops) == (gpu.capability >= (8, 0))
+        assert ("fp8" in gpu.flops) == (gpu.capability >= (8, 9))
+
+    def test_tensor_rates_are_dense_multiples(self, gpu: Gpu) -> None:
+        """A sparse figure, or one with fp16 accumulation, is off by exactly two."""
+        flops = gpu.flops
+        if "bf16" in flops:
+            assert flops["bf16"] == pytest.approx(2 * flops["tf32"], rel=0.03)
+        if "fp8" in flops:
+            assert flops["fp8"] == pytest.approx(2 * flops["bf16"], rel=0.01)
+        if "GeForce" in gpu.name and "bf16" in flops:
+            assert flops["bf16"] == pytest.approx(2 * flops["fp32"], rel=0.01)
+
+    def test_fp32_rate_agrees_with_the_multiprocessors(self, gpu: Gpu) -> None:
+        """FLOP/s = SMs x cores per SM x 2 x clock, with a clock a card can run at."""
+        assert gpu.capability is not None
+        assert gpu.num_multiprocessors is not None
+        cores = 64 if gpu.capability in {(7, 0), (7, 5), (8, 0)} else 128
+        clock_hz = gpu.flops["fp32"] / (gpu.num_multiprocessors * cores * 2)
+        assert 1.3e9 < clock_hz < 2.8e9
+
+
+def test_published_dense_rates() -> None:
+    """Figures of NVIDIA's whitepapers and datasheets, independent of the rules of the file."""
+    printed = {"rtx-3090": 71, "rtx-4090": 165.2, "rtx-5090": 209.5, "a100-80gb": 312, "l4": 121}
+    for card_id, teraflops in printed.items():
+        assert catalogue()[card_id].flops["bf16"] == pytest.approx(teraflops * 1e12, rel=0.003)
+
+
+@pytest.mark.parametrize(("text", "card_id"), SPELLINGS.items())
+def test_spelling_resolves(text: str, card_id: str) -> None:
+    assert find_gpu(text).id == card_id
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:40])
+def test_what_is_not_in_the_catalogue_is_refused(text: str) -> None:
+    with pytest.raises(BadQuestionError, match="unknown GPU") as caught:
+        find_gpu(text)
+    assert caught.value.hint == "snugpt gpus"
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 200
+
+
+def test_near_miss_is_named() -> None:
+    with pytest.raises(BadQuestionError, match="did you mean 'rtx-4090'"):
+        find_gpu("RTX 409O")
+
+
+def test_no_spelling_belongs_to_two_cards() -> None:
+    owners: dict[tuple[str, ...], str] = {}
+    for gpu in ROWS:
+        for words in catalogue_module._spellings(gpu):
+            assert words
+            assert owners.setdefault(words, gpu.id) == gpu.id
+
+
+def test_catalogue_can_not_be_changed() -> None:
+    with pytest.raises(TypeError):
+        catalogue()["rtx-4090"] = ROWS[0]  # type: ignore[index]
+
+
+@given(
+    st.text() | st.sampled_from(sorted(SPELLINGS)).flatmap(lambda name: st.text().map(name.__add__))
+)
+def test_any_text_gives_a_card_or_our_own_error(text: str) -> None:
+    try:
+        gpu = find_gpu(text)
+    except SnugError:
+        return
+    assert re.search(r"\d", text)
+    assert gpu == catalogue()[gpu.id]
+
+
+@given(st.sampled_from(ROWS), st.from_regex(r"[a-z0-9]{1,6}", fullmatch=True))
+def test_one_word_more_never_gives_another_card(gpu: Gpu, word: str) -> None:
+    """A word that is not the vendor's nor the memory size makes it another card, so none."""
+    try:
+        found = find_gpu(f"{gpu.name} {word}")
+    except SnugError:
+        return
+    assert found == gpu
+    assert (
+        word in {"gpu", "card", "vram", "apple", "tesla", "nvidia"} or word.rstrip("gib").isdigit()
+    )
+
+
+def test_loading_takes_milliseconds() -> None:
+    """`snugpt plan` has 150 ms in all; the best of five hides what else the machine does."""
+
+    def loading_s() -> float:
+        start = time.perf_counter()
+        catalogue.__wrapped__()
+        return time.perf_counter() - start
+
+    assert min(loading_s() for _ in range(5)) < 0.02
