@@ -68,7 +68,8 @@ def test_bit_flips_anywhere_are_detected(run: Path, name: str) -> None:
 def test_truncation_is_detected(run: Path, name: str, part: float) -> None:
     path = step_of(run, 3) / name
     os.truncate(path, int(path.stat().st_size * part))
-    assert_previous_is_loaded(run, reason=name)
+    reason = "is not a manifest" if name == MANIFEST else "bytes instead of"
+    assert_previous_is_loaded(run, reason=reason)
 
 
 @pytest.mark.parametrize("name", ALL_FILES)
@@ -137,22 +138,28 @@ def plain_file_for_a_folder(run: Path) -> None:
     step_of(run, 3).write_text("")
 
 
+def unknown_key_in_the_manifest(run: Path) -> None:
+    path = step_of(run, 3) / MANIFEST
+    path.write_text(path.read_text().replace('{"schema"', '{"more":1,"schema"'))
+
+
 @pytest.mark.parametrize(
-    "trick",
+    ("trick", "reason"),
     [
-        linked_file,
-        linked_manifest,
-        linked_folder,
-        path_in_the_manifest,
-        pipe_for_a_file,
-        endless_manifest,
-        plain_file_for_a_folder,
+        (linked_file, "is not a plain file"),
+        (linked_manifest, "is not a manifest"),
+        (linked_folder, "not a folder"),
+        (path_in_the_manifest, "does not list"),
+        (unknown_key_in_the_manifest, "is not a manifest"),
+        (pipe_for_a_file, "is not a plain file"),
+        (endless_manifest, "is not a manifest"),
+        (plain_file_for_a_folder, "not a folder"),
     ],
-    ids=lambda trick: trick.__name__,
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_trick_with_paths_is_damage(run: Path, trick: Callable[[Path], None]) -> None:
+def test_trick_with_names_is_damage(run: Path, trick: Callable[[Path], None], reason: str) -> None:
     trick(run)
-    assert_previous_is_loaded(run)
+    assert_previous_is_loaded(run, reason=reason)
 
 
 def test_second_damaged_folder_of_a_step_gets_a_number(run: Path) -> None:

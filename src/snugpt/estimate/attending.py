@@ -7,6 +7,7 @@ Those of CUDA are derived from the sources and assumed until a CUDA record exist
 from __future__ import annotations
 
 from snugpt.estimate.operations import BOOL, FP32, INT64, Buffer, Net, Operation
+from snugpt.spec.memory import Category
 from snugpt.units import round_up
 
 Scratch = tuple[Buffer, ...]
@@ -154,13 +155,12 @@ def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     )
 
 
-def _expanded_gradients(net: Net, category: str) -> Scratch:
+def _expanded_gradients(net: Net, category: Category) -> Scratch:
     """Keys and values, or their gradients, for every head instead of every kv head."""
     H, D, size = net.shape.num_heads, net.shape.head_dim, net.width_bytes
     each = net.seq_len * H * D * size
     name = "attention scratch" if category == "workspace" else "repeated keys and values"
-    kind = "workspace" if category == "workspace" else "activations"
-    return tuple(Buffer(name, kind, 0, each, f"B·T·H·D·{size}") for _ in range(2))
+    return tuple(Buffer(name, category, 0, each, f"B·T·H·D·{size}") for _ in range(2))
 
 
 def _math(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
@@ -180,6 +180,7 @@ def _math(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     weights, dropped = square("attention weights", size), square("dropout masks", BOOL)
     kept, slope, product = (square("attention weights", size) for _ in range(3))
     future = net.fixed("future mask", "activations", T * T * BOOL, "T·T")
+    sums = Buffer("attention statistics", "activations", 0, H * T * size, f"B·H·T·{size}")
     by_head, grad = net.gradient_of(q), net.gradient_of(q)
     parts = tuple(net.gradient_of(x) for x in (v, q, k))
     grad_q, grad_k, grad_v = grads
@@ -192,7 +193,7 @@ def _math(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
         ),
         keeps=(*copies, weights, dropped),
         backward=(
-            grad, slope, parts[0], grad_v, parts[0], product, product,
+            grad, slope, parts[0], grad_v, parts[0], product, sums, sums, product,
             parts[1], grad_q, parts[1], parts[2], grad_k, parts[2], slope, grad,
         ),
         gradients=((q, grad_q), (k, grad_k), (v, grad_v)),

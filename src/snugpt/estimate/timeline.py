@@ -127,6 +127,10 @@ class Timeline:
             phases[phase] = max(phases[phase], highest)
         return self._alive_at(peak_at, peak, workspace), phases
 
+    def bytes_of(self, buffer: Buffer, batch: int) -> int:
+        """The bytes of one buffer at a batch size, rounded as the backend rounds."""
+        return _rounded(buffer.fixed_bytes + batch * buffer.sequence_bytes, self.block_bytes)
+
     def _bytes(self, buffer: Buffer, batch: int, sizes: dict[Buffer, int], workspace: bool) -> int:
         counted = workspace or buffer.category != "workspace"
         size = buffer.fixed_bytes + batch * buffer.sequence_bytes

@@ -24,6 +24,9 @@ from snugpt.spec.shape import ModelShape
 
 Layers = dict[bool, Part]  # one layer of each kind: with and without a value embedding
 
+TRANSPOSE_TILE = 60  # PyTorch copies a transposed matrix by tiles of 60 x 60 (aten/native/Copy.cpp)
+CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
+
 
 class TrainingStep:
     """Places the segments of one step; make one, call `timeline` once."""
@@ -46,6 +49,7 @@ class TrainingStep:
             self.embedding.result in op.keeps for op in self.embedding.operations
         )
         self.recomputes = recipe.checkpoint == "blocks"
+        self.random_states = self._random_states()
         self.placed: list[Placed] = []
         self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
         for part in self.layers.values():
@@ -88,9 +92,21 @@ class TrainingStep:
                 made[key] = Segment(events, self.block_bytes)
             self.placed.append(Placed(phase, layer, made[key]))
 
+    def _random_states(self) -> tuple[Buffer, ...]:
+        """What a checkpointed layer keeps to drop the same again, and the current one put aside
+        meanwhile (torch.utils.checkpoint). They lie in host memory whatever the device is."""
+        if not self.recomputes or not self.net.dropout or self.net.cuda:
+            return ()
+        size = CPU_RANDOM_STATE_BYTES
+        return tuple(
+            self.net.fixed("random states", "activations", size, f"{size} per layer")
+            for _ in range(2)
+        )
+
     def _layer_forward(self, part: Part, entry_is_kept: bool) -> list[Event]:
         hold = self.recomputes or entry_is_kept
-        return forward(part.operations, part.entry, keep=not self.recomputes, hold_entry=hold)
+        events = forward(part.operations, part.entry, keep=not self.recomputes, hold_entry=hold)
+        return [*(Event(1, state) for state in self.random_states[:1]), *events]
 
     def _micro_step(self, *, first: bool) -> None:
         batch = self._batch_ids()
@@ -124,13 +140,15 @@ class TrainingStep:
 
     def _layer_backward(self, first: bool, part: Part, entry_is_kept: bool) -> list[Event]:
         assert part.entry is not None
-        events = recompute(part.operations, part.entry) if self.recomputes else []
+        events = sequence(self.random_states[1:])
+        events += recompute(part.operations, part.entry) if self.recomputes else []
+        events += [Event(-1, state) for state in self.random_states[1:]]
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first).backward(
             part.operations, part.entry, self.gradient, hold_entry=hold
         )
         self._same_tensor(left, self.gradient)
-        return [*events, *backward]
+        return [*events, *backward, *(Event(-1, state) for state in self.random_states[:1])]
 
     def _same_tensor(self, name: Buffer | None, tensor: Buffer) -> None:
         if name is not None and name is not tensor:
@@ -169,9 +187,15 @@ class TrainingStep:
         cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
         gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
         first = (cast,) if self.net.cuda else ()
+        tile = TRANSPOSE_TILE**2
+        turned = not self.net.cuda and rows > columns and rows * columns >= tile
+        copied = (made(tile, "60·60"),) if turned else ()
         return sequence(
-            (*first, x, *first, gram, polynomial, gram, following, x, polynomial, following)
-        )
+            (
+                *first, x, *first, gram, polynomial, gram, following, *copied, *copied,
+                x, polynomial, following,
+            )
+        )  # fmt: skip
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""

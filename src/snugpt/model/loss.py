@@ -60,7 +60,7 @@ def token_losses(h, weight, targets, vocab_size: int, softcap, chunk: int) -> Te
         highest = logits.amax(1, keepdim=True)
         total = logits.sub_(highest).exp_().sum(1, keepdim=True)
         losses[rows] = total.log_().add_(highest).sub_(right)[:, 0]
-        del logits
+        del logits, right, highest, total
     return losses
 
 

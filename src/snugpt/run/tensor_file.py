@@ -63,7 +63,7 @@ def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().view(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,7 +136,8 @@ class TensorFile:
             _put_state(owners[prefix], key, self.file.get_tensor(name))
 
     def _dtype(self, name: str) -> str:
-        return self.file.get_slice(name).get_dtype()
+        dtype: str = self.file.get_slice(name).get_dtype()
+        return dtype
 
     def _check_shape(self, name: str, allowed: Sequence[torch.Size]) -> None:
         there = tuple(self.file.get_slice(name).get_shape())

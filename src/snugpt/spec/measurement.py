@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import msgspec
 from msgspec import inspect
 
-from snugpt.errors import FailedError, bad_value
+from snugpt.errors import BadQuestionError, FailedError, bad_value
 from snugpt.spec.memory import MemoryEstimate, Phase
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
@@ -154,7 +154,7 @@ def measurement_from_json(text: bytes | str) -> Measurement:
             kind = GenerationRecipe if recipe.get("task") == "generate" else TrainingRecipe
             value["recipe"] = msgspec.convert(_known(recipe, inspect.type_info(kind)), kind)
         return msgspec.convert(_known(value, inspect.type_info(Measurement)), Measurement)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, BadQuestionError) as error:
         raise FailedError(f"not a measurement: {error}", hint="snugpt records") from error
 
 

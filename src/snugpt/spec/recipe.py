@@ -51,13 +51,19 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise bad_value(field, getattr(self, field), "at least 1")
 
 
-class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one optimizer step is taken.
+class TrainingRecipe(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="task",
+    tag="train",
+):
+    """How one optimizer step is taken; `"task": "train"` in JSON.
 
     device_batch_size x seq_len x grad_accum_steps x world_size = total_batch_tokens.
     """
 
-    task: Literal["train"] = "train"
     seq_len: int
     device_batch_size: int
     grad_accum_steps: int
@@ -102,10 +108,16 @@ class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return -(-self.total_tokens // self.total_batch_tokens)
 
 
-class GenerationRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GenerationRecipe(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="task",
+    tag="generate",
+):
     """How tokens are generated: `batch` sequences, each a prompt and what follows it."""
 
-    task: Literal["generate"] = "generate"
     batch: int
     prompt_tokens: int
     max_new_tokens: int

@@ -162,8 +162,8 @@ def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
     if optimizer == "muon" and group_of(weight.name) == "matrices":
         return [net.fixed("Muon momentum", "optimizer", size, "matrices·4")]
     return [
-        net.fixed("AdamW moments", "optimizer", size, "2·parameters·4"),
-        net.fixed("AdamW moments", "optimizer", size, "2·parameters·4"),
+        net.fixed("AdamW moments", "optimizer", size, "parameters·4"),
+        net.fixed("AdamW moments", "optimizer", size, "parameters·4"),
         net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor"),
     ]
 

@@ -1,0 +1,166 @@
+"""PyTorch's CUDA caching allocator, simulated: what a timeline makes it allocate and reserve.
+
+Rules and constants from c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp (PyTorch
+2.13), the default native allocator without expandable segments:
+
+- a request is rounded up to 512 bytes; up to 1 MiB it comes from the small pool, else from the large;
+- a pool is searched for the smallest free block that holds it, lowest address first;
+- failing that a segment is taken from the driver: 2 MiB for small requests, 20 MiB for those below
+  10 MiB, else the request rounded up to 2 MiB;
+- a block is split if at least 512 bytes (small pool) or more than 1 MiB (large pool) would be left;
+- a freed block is merged with its free neighbours. Segments are kept until memory runs out.
+
+Never validated on a GPU yet. What lies on the unsplit rest of a block is counted as allocated (slack).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+from snugpt.estimate.operations import Buffer
+from snugpt.estimate.timeline import Timeline
+from snugpt.units import MIB
+
+SMALL_REQUEST = MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_REQUEST = 10 * MIB
+LARGE_SEGMENT = 20 * MIB
+ROUND_SEGMENT = 2 * MIB
+MIN_BLOCK = 512
+
+
+class Allocation(NamedTuple):
+    """Peaks by the allocator's own counters, in bytes."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A stretch of a segment; `before` and `after` are its neighbours in the segment."""
+
+    address: int
+    size: int
+    small: bool
+    free: bool = False
+    before: Block | None = None
+    after: Block | None = None
+
+
+class CachingAllocator:
+    """Allocates and frees by PyTorch's rules; `allocated`, `reserved` and their peaks in bytes."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        self._segments = count()
+
+    def allocate(self, num_bytes: int) -> Block:
+        """Return a block that holds `num_bytes`, which must be above 0."""
+        size = -(-num_bytes // MIN_BLOCK) * MIN_BLOCK
+        small = size <= SMALL_REQUEST
+        block = self._best_fit(size, small) or self._new_segment(size, small)
+        rest = block.size - size
+        if rest >= MIN_BLOCK if small else rest > SMALL_REQUEST:
+            self._split(block, size)
+        block.free = False
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Free a block and merge it with its free neighbours."""
+        self.allocated -= block.size
+        block.free = True
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            self._forget(before)
+            block.address, block.size = before.address, block.size + before.size
+            block.before = before.before
+            if block.before is not None:
+                block.before.after = block
+        if after is not None and after.free:
+            self._forget(after)
+            block.size += after.size
+            block.after = after.after
+            if block.after is not None:
+                block.after.before = block
+        insort(self._free[block.small], (block.size, block.address, block))
+
+    def _best_fit(self, size: int, small: bool) -> Block | None:
+        pool = self._free[small]
+        index = bisect_left(pool, (size,))
+        return pool.pop(index)[2] if index < len(pool) else None
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        if small:
+            total = SMALL_SEGMENT
+        elif size < LARGE_REQUEST:
+            total = LARGE_SEGMENT
+        else:
+            total = -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+        self.reserved += total
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return Block(next(self._segments) << 48, total, small)
+
+    def _split(self, block: Block, size: int) -> None:
+        rest = Block(block.address + size, block.size - size, block.small, True, block, block.after)
+        if rest.after is not None:
+            rest.after.before = rest
+        block.after, block.size = rest, size
+        insort(self._free[rest.small], (rest.size, rest.address, rest))
+
+    def _forget(self, block: Block) -> None:
+        pool = self._free[block.small]
+        del pool[bisect_left(pool, (block.size, block.address))]
+
+
+def simulate(timeline: Timeline, batch: int) -> Allocation:
+    """Play the first step and a second one; return the peaks.
+
+    In the first the optimizer state does not exist until the optimizer's phase, where it falls into
+    whatever the activations left free. That is what fragments a real run.
+    """
+    allocator = CachingAllocator()
+    live: dict[Buffer, list[Block]] = {}
+    late = [b for b in timeline.resident if b.category == "optimizer"]
+    for buffer in timeline.resident:
+        if buffer.category != "optimizer":
+            _allocate(allocator, live, buffer, batch)
+    for _ in range(2):
+        _play(timeline, batch, allocator, live, late)
+        late = []
+    return Allocation(allocator.peak_allocated, allocator.peak_reserved)
+
+
+def _play(
+    timeline: Timeline,
+    batch: int,
+    allocator: CachingAllocator,
+    live: dict[Buffer, list[Block]],
+    late: list[Buffer],
+) -> None:
+    aliases = timeline.aliases
+    for phase, _, (sign, buffer) in timeline.events():
+        if phase == "optimizer" and late:
+            for state in late:
+                _allocate(allocator, live, state, batch)
+            late = []
+        tensor = aliases.get(buffer, buffer)
+        if sign > 0:
+            _allocate(allocator, live, tensor, batch)
+        elif live[tensor]:
+            allocator.release(live[tensor].pop())
+
+
+def _allocate(
+    allocator: CachingAllocator, live: dict[Buffer, list[Block]], buffer: Buffer, batch: int
+) -> None:
+    blocks = live.setdefault(buffer, [])
+    num_bytes = buffer.fixed_bytes + batch * buffer.sequence_bytes
+    if num_bytes > 0:
+        blocks.append(allocator.allocate(num_bytes))

@@ -1,0 +1,125 @@
+"""Tokens per second from the card's rates: how fast a step can be, and how sure that is.
+
+A step takes the time of its arithmetic at a share of the card's dense rate (MFU), a fixed cost for
+every kernel that is started, and the optimizer's pass over memory. The shares are assumed until records
+narrow them, so the band is wide. A machine that was measured brings its own rate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from snugpt.estimate.flops import (
+    executed_flops_per_token,
+    forward_flops_per_token,
+    muon_flops,
+)
+from snugpt.estimate.parameters import num_parameters
+from snugpt.spec.gpu import Gpu
+from snugpt.spec.memory import Band, Basis
+from snugpt.spec.plan import SpeedEstimate
+from snugpt.spec.recipe import BYTES, GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.spec.shape import ModelShape
+from snugpt.units import SECONDS_PER_HOUR
+
+# Share of the dense rate that eager PyTorch reaches in training; published runs of compiled nanochat
+# reach 0.41 to 0.59 on H100s (leaderboard and dev log), eager ones are below. Assumed.
+TRAINING_SHARE = Band(0.20, 0.35, 0.50)
+# Share of memory bandwidth that decoding reaches; gpt-fast reaches about 0.7 compiled. Assumed.
+BANDWIDTH_SHARE = Band(0.25, 0.45, 0.70)
+# On a CPU of unknown make, share of cores x 32 flops per cycle at 3 GHz. Assumed.
+CPU_SHARE = Band(0.15, 0.45, 0.9)
+MEASURED_BAND = 0.35  # a measured rate was taken on another shape: a third either way
+KERNEL_START_S = {"cuda": 6e-6, "cpu": 12e-6, "mps": 12e-6, "rocm": 8e-6}
+KERNELS_PER_LAYER = 90  # forward and backward of one layer, counted on the nanochat style
+OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes weight and two moments, reads gradient
+
+
+class Rate(NamedTuple):
+    """Floating-point operations per second that training reaches, and what that rests on."""
+
+    flops_per_s: Band
+    basis: Basis
+    source: str
+
+
+def training_rate(gpu: Gpu, dtype: str, measured_flops_per_s: float | None = None) -> Rate:
+    """The rate of training on a device: measured on it, else a share of its dense rate."""
+    if measured_flops_per_s:
+        rate = measured_flops_per_s
+        low, high = rate * (1 - MEASURED_BAND), rate * (1 + MEASURED_BAND)
+        return Rate(Band(low, rate, high), "fitted", "measured on this machine")
+    share = CPU_SHARE if gpu.backend == "cpu" else TRAINING_SHARE
+    peak = dense_rate(gpu, dtype)
+    band = Band(peak * share.low, peak * share.expected, peak * share.high)
+    return Rate(band, "assumed", f"{share.expected:.0%} of {peak / 1e12:.3g} TFLOP/s {dtype}")
+
+
+def dense_rate(gpu: Gpu, dtype: str) -> float:
+    """The card's dense rate for a compute dtype; fp32 uses TF32 where the card has it."""
+    if dtype == "fp32" and "tf32" in gpu.flops:
+        return gpu.flops["tf32"]
+    rates: dict[str, float] = {str(name): rate for name, rate in gpu.flops.items()}
+    return rates.get(dtype, rates["fp32"])
+
+
+def step_time_s(
+    shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float
+) -> float:
+    """Seconds of one optimizer step at a rate of arithmetic."""
+    tokens = recipe.total_batch_tokens / recipe.world_size
+    arithmetic = executed_flops_per_token(shape, recipe) * tokens / flops_per_s
+    recomputed = 4 / 3 if recipe.checkpoint == "blocks" else 1.0
+    kernels = KERNELS_PER_LAYER * shape.num_layers * recipe.grad_accum_steps * recomputed
+    optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
+    if recipe.optimizer == "muon":
+        optimizer += muon_flops(shape) / flops_per_s
+    return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer
+
+
+def speed_estimate(
+    shape: ModelShape,
+    recipe: Recipe,
+    gpu: Gpu,
+    *,
+    measured_flops_per_s: float | None = None,
+) -> SpeedEstimate:
+    """Tokens per second, seconds per step and hours of a recipe on a device."""
+    if isinstance(recipe, GenerationRecipe):
+        return _generation_speed(shape, recipe, gpu)
+    rate = training_rate(gpu, recipe.compute_dtype, measured_flops_per_s)
+    slow, step_s, fast = (
+        step_time_s(shape, recipe, gpu, flops_per_s)
+        for flops_per_s in (rate.flops_per_s.low, rate.flops_per_s.expected, rate.flops_per_s.high)
+    )
+    tokens = recipe.total_batch_tokens
+    return SpeedEstimate(
+        tokens_per_s=Band(tokens / slow, tokens / step_s, tokens / fast),
+        step_s=step_s,
+        total_tokens=recipe.total_tokens,
+        hours=recipe.num_steps * step_s / SECONDS_PER_HOUR,
+        basis=rate.basis,
+        source=rate.source,
+    )
+
+
+def _generation_speed(shape: ModelShape, recipe: GenerationRecipe, gpu: Gpu) -> SpeedEstimate:
+    """Decoding reads every weight and the cache once per token: bandwidth sets the pace."""
+    cache = 2 * shape.num_layers * recipe.cache_len * shape.kv_dim * BYTES[recipe.kv_dtype]
+    read_bytes = num_parameters(shape) * BYTES[recipe.weight_dtype] + recipe.batch * cache
+    started = KERNELS_PER_LAYER / 3 * shape.num_layers * KERNEL_START_S[gpu.backend]
+    arithmetic = recipe.batch * forward_flops_per_token(shape, recipe.cache_len)
+    compute = arithmetic / (dense_rate(gpu, recipe.weight_dtype) * TRAINING_SHARE.expected)
+    slow, step_s, fast = (
+        max(read_bytes / (gpu.bandwidth_bytes_per_s * share), compute) + started
+        for share in (BANDWIDTH_SHARE.low, BANDWIDTH_SHARE.expected, BANDWIDTH_SHARE.high)
+    )
+    tokens = recipe.batch * recipe.max_new_tokens
+    return SpeedEstimate(
+        tokens_per_s=Band(recipe.batch / slow, recipe.batch / step_s, recipe.batch / fast),
+        step_s=step_s,
+        total_tokens=tokens,
+        hours=recipe.max_new_tokens * step_s / SECONDS_PER_HOUR,
+        basis="assumed",
+        source=f"{BANDWIDTH_SHARE.expected:.0%} of {gpu.bandwidth_bytes_per_s / 1e9:.0f} GB/s",
+    )
