@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from snugpt.errors import FailedError
@@ -32,6 +33,8 @@ def test_the_factor_is_the_median_of_what_the_other_terms_leave(
     assert calibration.corrected(fitted).bytes == 150
     assert calibration.corrected(exact) is exact
     assert Calibration().corrected(fitted) is fitted
+    derived = msgspec.structs.replace(fitted, basis="derived")
+    assert calibration.corrected(derived) is derived
 
 
 def test_two_measurements_are_too_few_also_when_one_is_there_twice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -100,6 +101,25 @@ def test_a_killed_writer_damages_no_earlier_line(tmp_path: Path, make_measuremen
     found = [measurement.id for measurement in read_all(tmp_path, lambda line: None)]
     assert [name for name in found if name != "child"] == [f"parent-{n}" for n in range(5)]
     assert found.count("child") >= 5
+
+
+def test_the_look_for_a_torn_line_and_the_write_are_one_act(
+    tmp_path: Path, make_measurement: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between them no other process gets the lock."""
+    refused = []
+
+    def look(descriptor: int) -> bytes:
+        with (tmp_path / LEDGER_NAME).open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(descriptor)
+        return b""
+
+    monkeypatch.setattr("snugpt.ledger.store._separator", look)
+    append(tmp_path, make_measurement())
+    assert len(refused) == 1
 
 
 def test_a_full_disk_is_one_line_with_a_hint_and_earlier_lines_stay(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +208,14 @@ def test_damaged_step_is_written_again(tmp_path: Path) -> None:
     assert load_newest(tmp_path).step == 1
 
 
+def test_folder_of_another_step_is_written_again(tmp_path: Path) -> None:
+    training = TinyTraining().take(1)
+    saved(tmp_path, training).rename(tmp_path / "step-00000002")
+    saved(tmp_path, training.take(1))
+    assert names(tmp_path) == ["step-00000002", "step-00000002.corrupt"]
+    assert load_newest(tmp_path).step == 2
+
+
 def test_temporary_folders_of_dead_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-0123").mkdir()
     (tmp_path / ".tmp-0123" / "model.safetensors").write_bytes(b"half")
@@ -330,6 +339,13 @@ def test_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
         saved(tmp_path / "file", TinyTraining())
     with pytest.raises(FailedError, match="could not read"):
         load_newest(tmp_path / "file")
+
+
+def test_hint_can_be_typed_when_the_path_has_a_space(tmp_path: Path) -> None:
+    (tmp_path / "my run").write_bytes(b"")
+    with pytest.raises(FailedError) as caught:
+        load_newest(tmp_path / "my run")
+    assert shlex.split(caught.value.hint) == ["ls", "-ld", str(tmp_path / "my run")]
 
 
 def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,14 +20,21 @@ ALL_FILES = [MODEL, OPTIMIZER, STATE, MANIFEST]
 FLIPS_PER_FILE = 50
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Three checkpoints, steps 1 to 3."""
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 1 to 3, saved once."""
+    folder = tmp_path_factory.mktemp("intact")
     training = TinyTraining()
     for step in (1, 2, 3):
         training.take(1)
-        save_checkpoint(tmp_path, step, training.model, training.optimizers, {"at": step}, keep=3)
-    return tmp_path
+        save_checkpoint(folder, step, training.model, training.optimizers, {"at": step}, keep=3)
+    return folder
+
+
+@pytest.fixture
+def run(three_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of the three to damage."""
+    return shutil.copytree(three_checkpoints, tmp_path / "checkpoints")
 
 
 def step_of(run: Path, step: int) -> Path:

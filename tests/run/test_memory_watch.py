@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from snugpt.errors import BadQuestionError, FailedError
 from snugpt.ledger.store import read_all
@@ -124,6 +125,17 @@ def test_draining_changes_no_figure() -> None:
     assert allocations.live_bytes == 0
 
 
+def test_a_mark_counts_once() -> None:
+    with CpuAllocations() as allocations:
+        allocations.mark("forward")
+        allocations.mark("loss")
+        allocations.drain()
+        kept = _floats(4000)
+        allocations.drain()
+    assert allocations.phases == {"forward": 0, "loss": 4000}
+    assert kept.numel() == 1000
+
+
 def test_blocks_of_an_earlier_recording_are_not_given_back_in_this_one() -> None:
     with CpuAllocations():
         old = _floats(4000)
@@ -148,10 +160,13 @@ def test_another_profiler_inside_is_noticed_and_left_alone() -> None:
     with CpuAllocations() as allocations:
         profile = torch.autograd.profiler.profile(profile_memory=True)
         with profile:
-            allocations.drain()
             _floats(4000)
+            allocations.drain()
+            _floats(600)
     assert allocations.interrupted
-    assert any(event.name() == "[memory]" for event in profile.kineto_results.events())
+    events = profile.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert {4000, 600} <= set(sizes)
 
 
 def test_nothing_is_written_on_the_terminal() -> None:
@@ -178,7 +193,7 @@ def test_live_tensors_are_counted_once_and_foreign_memory_is_not() -> None:
     before = live_cpu_tensor_bytes()
     kept = torch.nn.Parameter(_floats(4000))
     views = (kept.detach()[10:], kept.detach().reshape(10, 100))
-    kept.grad = _floats(4000)
+    kept.sum().backward()  # a gradient that only C++ has seen so far
     foreign = torch.frombuffer(bytearray(10**6), dtype=torch.uint8)
     assert live_cpu_tensor_bytes() - before == 8000
     assert len(views) == 2
@@ -229,6 +244,7 @@ def test_a_report_is_one_line_and_says_which_counter() -> None:
 def test_watch_leaves_a_measurement(tmp_path: Path) -> None:
     model = torch.nn.Linear(16, 16)
     optimizer = torch.optim.AdamW(model.parameters())
+    held = _floats(10**6)
     base_bytes = live_cpu_tensor_bytes()
     with Watch(folder=tmp_path, device="cpu") as watch:
         for _ in range(3):
@@ -237,7 +253,9 @@ def test_watch_leaves_a_measurement(tmp_path: Path) -> None:
             _train_once(model, optimizer)
             del block
             watch.step(tokens=4)
+    assert not _global_optimizer_post_hooks
     measurement = _watched(tmp_path)
+    assert held.numel() == 250_000
     assert watch.measurement == measurement
     assert (measurement.outcome, measurement.steps) == ("fit", 3)
     assert measurement.program == "snugpt.Watch"

@@ -172,7 +172,10 @@ def test_version_1_cgroups_are_read_under_their_own_names(tmp_path: Path) -> Non
     root = _system(
         tmp_path,
         {
-            "proc/self/cgroup": "3:cpuset:/\n2:cpu,memory:/box\n0::/\n",
+            "proc/self/cgroup": "3:cpuset:/other\n2:cpu,memory:/box\n0::/\n",
+            "sys/fs/cgroup/memory/other/memory.limit_in_bytes": "1\n",
+            "sys/fs/cgroup/memory/other/memory.usage_in_bytes": "0\n",
+            "sys/fs/cgroup/memory/other/memory.stat": "",
             "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "9000\n",
             "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "2000\n",
             "sys/fs/cgroup/memory/box/memory.stat": "inactive_file 1\ntotal_inactive_file 30\n",

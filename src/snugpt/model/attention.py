@@ -36,10 +36,18 @@ def attend(
     return FusedAttention.apply(q, k, v, backend, window, mask, dropout)
 
 
-def window_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(T, T): 0 where query i may see key j, that is i - window < j <= i, else -inf."""
-    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device)
-    return mask.triu_(1).add_(torch.full_like(mask, -torch.inf).tril_(-window))
+def window_mask(
+    length: int, window: int | None, dtype: torch.dtype, device: torch.device, start: int = 0
+) -> Tensor:
+    """(T, start + T): 0 where query i may see key j, that is i - window < j <= i, else -inf.
+
+    The first query is at position `start`, behind what a cache holds.
+    """
+    mask = torch.full((length, start + length), -torch.inf, dtype=dtype, device=device)
+    mask.triu_(start + 1)
+    if window is None:
+        return mask
+    return mask.add_(torch.full_like(mask, -torch.inf).tril_(start - window))
 
 
 class FusedAttention(Function):
@@ -72,7 +80,7 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _cpu(q, k, v, window, mask, dropout):
     q, k, v = _heads_first(q, k, v)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, mask is None, attn_mask=mask
+        q, k, v, 0.0, _causal(q, mask), attn_mask=mask
     )
     return out.transpose(1, 2), lse
 
@@ -80,7 +88,7 @@ def _cpu(q, k, v, window, mask, dropout):
 def _cpu_backward(grad, q, k, v, out, lse, window, mask, dropout):
     grad, q, k, v, out = _heads_first(grad, q, k, v, out)
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask
+        grad, q, k, v, out, lse, 0.0, _causal(q, mask), attn_mask=mask
     )
     return _heads_first(*grads)
 
@@ -110,7 +118,7 @@ def _efficient(q, k, v, window, mask, dropout):
         k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
     q, k, v = _heads_first(q, k, v)
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        q, k, v, _expanded(mask, q), True, dropout, mask is None
+        q, k, v, _expanded(mask, q), True, dropout, _causal(q, mask)
     )
     return out.transpose(1, 2), lse, seed, offset
 
@@ -123,12 +131,17 @@ def _efficient_backward(grad, q, k, v, out, lse, seed, offset, window, mask, dro
     grad, q, k, v, out = _heads_first(grad, q, k, v, out)
     grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, _expanded(mask, q), out, lse, seed, offset, dropout,
-        [True, True, True, False], mask is None,
+        [True, True, True, False], _causal(q, mask),
     )  # fmt: skip
     grad_q, grad_k, grad_v = _heads_first(grad_q, grad_k, grad_v)
     if repeats > 1:
         grad_k, grad_v = (g.reshape(B, S, K, repeats, D).sum(3) for g in (grad_k, grad_v))
     return grad_q, grad_k, grad_v
+
+
+def _causal(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel hides later keys; it counts both from 0, so a lone query sees them all."""
+    return mask is None and q.shape[2] > 1
 
 
 def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -51,14 +51,15 @@ class Positions(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, start: int) -> Tensor:
-        ctx.table_shape = table.shape
+        ctx.table_shape, ctx.start = table.shape, start
         return x + table[start : start + x.shape[1]].to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_table = torch.zeros(ctx.table_shape, device=grad.device)
-        torch.sum(grad, 0, dtype=torch.float32, out=grad_table[: grad.shape[1]])
+        rows = grad_table[ctx.start : ctx.start + grad.shape[1]]
+        torch.sum(grad, 0, dtype=torch.float32, out=rows)
         return grad, grad_table, None
 
 

@@ -191,15 +191,19 @@ class GPT(nn.Module):
         """Cut the rotary tables and find the masks for `tokens` at position `start`."""
         T = tokens.shape[1]
         angles = None if self.angles is None else tuple(a[start : start + T] for a in self.angles)
-        return LayerInputs(tokens, angles, self.window_masks(T), cache)
+        return LayerInputs(tokens, angles, self.window_masks(T, start), cache)
 
-    def window_masks(self, length: int) -> dict[int | None, Tensor]:
+    def window_masks(self, length: int, start: int) -> dict[int | None, Tensor]:
         """One additive mask per window that `length` exceeds, made at its first use and kept.
 
         Flash attention knows windows by itself; a single token reads a cache that is already cut.
+        Several tokens behind a cache need one without a window too, made for this call only.
         """
         if self.runtime.attention == "flash" or length == 1:
             return {}
+        if start:
+            device, windows = self.embedding.device, {block.window for block in self.blocks}
+            return {w: window_mask(length, w, self.dtype, device, start) for w in windows}
         found: dict[int | None, Tensor] = {}
         for window in {block.window for block in self.blocks} - {None}:
             if window < length:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shlex
 import shutil
 import uuid
 import warnings
@@ -87,7 +88,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale(folder)
         if target.exists():
-            if manifest.damage(target) is None:
+            if isinstance(_verified(target), Checkpoint):
                 return target
             _quarantine(target)
         _check_free_disk(folder, [*weights.values(), *moments.values()])
@@ -142,7 +143,8 @@ def load_newest(
     if damaged:
         tried = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise FailedError(
-            f"no checkpoint in {folder} is intact ({tried})", hint=f"mv {folder} {folder}.damaged"
+            f"no checkpoint in {folder} is intact ({tried})",
+            hint=shlex.join(["mv", str(folder), f"{folder}.damaged"]),
         )
     return None
 
@@ -188,7 +190,7 @@ def remove_stale(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _verified(path: Path, weights_only: bool) -> Checkpoint | str:
+def _verified(path: Path, weights_only: bool = False) -> Checkpoint | str:
     """The checkpoint at `path`, or what is wrong with it."""
     names = (MODEL_FILE, STATE_FILE) if weights_only else manifest.FILES
     damage = manifest.damage(path, names)
@@ -239,7 +241,8 @@ def _newest_first(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise FailedError(
-            f"could not read {folder}: {error.strerror or error}", hint=f"ls -ld {folder}"
+            f"could not read {folder}: {error.strerror or error}",
+            hint=shlex.join(["ls", "-ld", str(folder)]),
         ) from error
     matches = ((STEP_FOLDER.fullmatch(path.name), path) for path in paths)
     steps = [(int(match[1]), path) for match, path in matches if match]
@@ -258,7 +261,7 @@ def _delete_old(folder: Path, saved: Path, keep: int) -> None:
                 # Renamed first: a kill half-way leaves rubbish, not a damaged checkpoint.
                 rubbish = path.rename(folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
                 shutil.rmtree(rubbish, ignore_errors=True)
-            elif manifest.damage(path) is None:
+            elif isinstance(_verified(path), Checkpoint):
                 kept += 1
 
 
@@ -283,7 +286,7 @@ def _one_line_failure(step: int, folder: Path) -> Iterator[None]:
         reason = getattr(cause, "strerror", None) or cause
         raise FailedError(
             f"could not save step {step} in {folder}: {reason}; earlier checkpoints are untouched",
-            hint=f"df -h {folder}",
+            hint=shlex.join(["df", "-h", str(folder)]),
         ) from error
 
 

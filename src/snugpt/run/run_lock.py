@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise FailedError(
-            f"could not lock {folder}: {error.strerror or error}", hint=f"ls -ld {folder}"
+            f"could not lock {folder}: {error.strerror or error}",
+            hint=shlex.join(["ls", "-ld", str(folder)]),
         ) from error
     try:
         try:
@@ -50,7 +52,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 def _refusal(folder: Path, descriptor: int, error: OSError) -> FailedError:
     if not isinstance(error, BlockingIOError):
         return FailedError(
-            f"could not lock {folder}: {error.strerror or error}", hint=f"df -T {folder}"
+            f"could not lock {folder}: {error.strerror or error}",
+            hint=shlex.join(["df", "-T", str(folder)]),
         )
     holder = os.pread(descriptor, 20, 0).decode(errors="replace")
     if not holder.isdecimal():  # it has not written its number yet

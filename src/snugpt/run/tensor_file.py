@@ -6,6 +6,7 @@ neither the order of parameters nor their grouping is part of the format.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class TensorFile:
 
     def _mismatch(self, complaint: str) -> FailedError:
         return FailedError(
-            f"checkpoint {self.origin} {complaint}", hint=f"cat {self.origin / 'state.json'}"
+            f"checkpoint {self.origin} {complaint}",
+            hint=shlex.join(["cat", str(self.origin / "state.json")]),
         )
 
 
@@ -163,7 +165,9 @@ def opened(path: Path) -> Iterator[TensorFile]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield TensorFile(file, path.parent)
     except (OSError, SafetensorError) as error:
-        raise FailedError(f"could not read {path}: {error}", hint=f"ls -l {path.parent}") from error
+        raise FailedError(
+            f"could not read {path}: {error}", hint=shlex.join(["ls", "-l", str(path.parent)])
+        ) from error
 
 
 def _owners(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Owner]:

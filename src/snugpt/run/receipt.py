@@ -1,0 +1,124 @@
+"""The receipt of a run: what memory it took, beside what was predicted.
+
+On the CPU torch's allocator is recorded while the model is built and takes its first two steps and
+one evaluation batch; from the second step on every step is alike. On CUDA the counters run throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import torch
+
+from snugpt.data.durable_file import write_durably
+from snugpt.ledger import store
+from snugpt.run.cpu_allocations import CpuAllocations
+from snugpt.run.environment import gpu_id_of, this_environment
+from snugpt.run.memory_watch import (
+    CudaCounters,
+    Peaks,
+    peak_resident_bytes,
+    reset_peak_resident,
+)
+from snugpt.spec.measurement import Measurement, new_id, utc_now
+from snugpt.spec.memory import Phase
+from snugpt.spec.plan import Plan
+
+
+class MemoryMeter:
+    """Counts one run: `start` before the model is built, `mark` the phases, `stop`, read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.complete = False
+        self._cuda = CudaCounters(device) if device.type == "cuda" else None
+        self._cpu: CpuAllocations | None = None
+        self._recording = ExitStack()
+        self._marked: set[Phase] = set()
+
+    def start(self) -> None:
+        """Begin to count. Nothing of the run may be on the device yet."""
+        if self._cuda is not None:
+            self._cuda.reset()
+            return
+        reset_peak_resident()
+        self._cpu = CpuAllocations(keep_events=False)
+        self._recording.enter_context(self._cpu)
+
+    def mark(self, phase: Phase) -> None:
+        """Say that a phase begins."""
+        self._marked.add(phase)
+        if self._cpu is not None:
+            self._cpu.mark(phase)
+
+    def stop(self) -> None:
+        """End the recording; it is complete if it reached the evaluation."""
+        self._recording.close()
+        self.complete = "evaluate" in self._marked
+
+    def now(self) -> tuple[int | None, int | None]:
+        """Peak allocated and reserved bytes so far."""
+        if self._cuda is not None:
+            return (
+                torch.cuda.max_memory_allocated(self.device),
+                torch.cuda.max_memory_reserved(self.device),
+            )
+        allocated = self._cpu.peak_bytes if self._cpu is not None else None
+        return allocated, allocated
+
+    def measurement(
+        self,
+        plan: Plan,
+        argv: Sequence[str],
+        *,
+        steps: int,
+        loss: float | None,
+        bits_per_byte: float | None,
+        tokens_per_s: float | None,
+    ) -> Measurement:
+        """What was counted, with the prediction it was made against."""
+        peaks = self._cuda.read() if self._cuda is not None else self._cpu_peaks()
+        time = utc_now()
+        environment = this_environment(self.device)
+        return Measurement(
+            id=new_id(time),
+            time=time,
+            program="snugpt train",
+            outcome="fit",
+            gpu_id=gpu_id_of(self.device),
+            gpu_name=environment.device,
+            shape=plan.shape,
+            recipe=plan.recipe,
+            predicted=plan.memory,
+            allocated_bytes=peaks.allocated_bytes,
+            reserved_bytes=peaks.reserved_bytes,
+            process_bytes=peaks.process_bytes,
+            counters=peaks.counters,
+            phases=dict(self._cpu.phases) if self._cpu is not None else None,
+            alloc_retries=peaks.alloc_retries,
+            num_ooms=peaks.num_ooms,
+            tokens_per_s=tokens_per_s,
+            steps=steps,
+            final_loss=loss,
+            bits_per_byte=bits_per_byte,
+            environment=environment,
+            argv=tuple(argv),
+        )
+
+    def keep(self, measurement: Measurement, ledger_folder: Path, file: Path) -> None:
+        """Append a measurement to the ledger and write it into the run's folder."""
+        store.append(ledger_folder, measurement)
+        write_durably(file, msgspec.json.format(msgspec.json.encode(measurement)) + b"\n")
+
+    def _cpu_peaks(self) -> Peaks:
+        assert self._cpu is not None
+        events = "torch CPU allocator events"
+        return Peaks(
+            allocated_bytes=self._cpu.peak_bytes,
+            reserved_bytes=self._cpu.peak_bytes,
+            process_bytes=peak_resident_bytes(),
+            counters={"allocated": events, "reserved": events, "process": "peak resident size"},
+        )

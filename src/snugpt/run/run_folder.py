@@ -1,0 +1,155 @@
+"""The folder of a run: what lies in it and where.
+
+    plan.json  argv  tokenizer.json  metrics.jsonl  measurement.json  checkpoints/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from snugpt.data.durable_file import write_durably
+from snugpt.errors import BadQuestionError, FailedError, bad_value
+from snugpt.spec.plan import Plan, encode_plan, read_plan
+from snugpt.spec.recipe import TrainingRecipe
+
+RUNS = Path("runs")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan as it is run."""
+        return self.path / "plan.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer of the model."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per logged step and evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def measurement_file(self) -> Path:
+        """Predicted against measured, once the run has ended."""
+        return self.path / "measurement.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints, newest last."""
+        return self.path / "checkpoints"
+
+    def plan(self) -> Plan:
+        """The plan this run was started with."""
+        return read_plan(self.plan_file)
+
+    def begin(self, plan: Plan, argv: Sequence[str]) -> None:
+        """Write plan and argv, or check that the ones here are of the same run.
+
+        Raises:
+            FailedError: another plan was run here, or the folder can't be written.
+        """
+        if self.plan_file.exists():
+            self._check_same(plan)
+        else:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FailedError(
+                    f"run folder {str(self.path)!r} can't be made: {error.strerror}",
+                    hint="snugpt train --name another-name",
+                ) from None
+            write_durably(self.plan_file, encode_plan(plan))
+        line = shlex.join(argv) + "\n"
+        with (self.path / "argv").open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def _check_same(self, plan: Plan) -> None:
+        before = self.plan()
+        for field in ("shape", "recipe"):
+            if getattr(before, field) != getattr(plan, field):
+                raise FailedError(
+                    f"{self.path} holds a run with another {field}",
+                    hint=f"snugpt train --name {self.path.name}-2",
+                )
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics_file.open("ab") as file:
+            file.write(msgspec.json.encode(values) + b"\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+def folder_for(plan: Plan, name: str | None, runs: Path = RUNS) -> RunFolder:
+    """The folder of a run by its name; without one the same plan always gets the same.
+
+    Raises:
+        BadQuestionError: the name is not a plain folder name.
+    """
+    if name is None:
+        decided = msgspec.json.encode((plan.shape, plan.recipe, plan.question.input))
+        name = f"{plan.shape.style}-{plan.shape.num_layers}x{plan.shape.model_dim}-"
+        name += hashlib.sha256(decided).hexdigest()[:6]
+    if not NAME.fullmatch(name):
+        raise bad_value(
+            "name", name, "letters, digits, . _ -, not starting with a mark",
+            hint="snugpt train --name my-model",
+        )  # fmt: skip
+    return RunFolder(runs / name)
+
+
+def find_run(name: str, runs: Path = RUNS) -> RunFolder:
+    """The folder of a trained model, by name under runs/ or by path.
+
+    Raises:
+        BadQuestionError: there is no such run.
+    """
+    for path in (runs / name, Path(name)):
+        if (path / "plan.json").is_file():
+            return RunFolder(path)
+    known = sorted(p.parent.name for p in runs.glob("*/plan.json"))
+    listed = f"; {runs}/ has {', '.join(known[:5])}" if known else ""
+    hint = f"snugpt generate {known[0]}" if known else "snugpt demo"
+    raise BadQuestionError(f"no trained model {name!r}{listed}", hint=hint)
+
+
+def training_recipe(plan: Plan) -> TrainingRecipe:
+    """The recipe of a plan to train.
+
+    Raises:
+        BadQuestionError: the plan is one to generate.
+    """
+    if not isinstance(plan.recipe, TrainingRecipe):
+        raise BadQuestionError(
+            "the plan is for generating, not training", hint="snugpt plan --task train --json"
+        )
+    return plan.recipe

@@ -1,0 +1,329 @@
+"""Train a model by its plan: read from top to bottom, this is what a run does.
+
+    prepare text -> lock the folder -> build -> restore -> steps (evaluate, save) -> receipt
+
+Everything that decides the weights is a function of the plan and the step: a run that was killed and
+resumed takes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snugpt.data.loader import TrainingLoader, ValidationLoader
+from snugpt.data.prepare import PreparedData, prepare
+from snugpt.data.tokenizer import Tokenizer
+from snugpt.errors import DoesNotFitError, FailedError
+from snugpt.estimate.flops import training_flops_per_token
+from snugpt.model.build import build
+from snugpt.model.gpt import GPT
+from snugpt.model.optimizers import optimizers_for
+from snugpt.model.step import step as take_step
+from snugpt.run.checkpoint import Checkpoint, load_newest, restore, save_checkpoint
+from snugpt.run.evaluate import bits_per_byte
+from snugpt.run.interrupt import Interrupt
+from snugpt.run.learning_rate import rate_factor, set_rates
+from snugpt.run.receipt import MemoryMeter
+from snugpt.run.run_folder import RunFolder, training_recipe
+from snugpt.run.run_lock import run_lock
+from snugpt.spec.measurement import Measurement
+from snugpt.spec.plan import Plan
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.runtime import runtime_for
+from snugpt.units import gib
+
+METERED_STEPS = 2  # optimizer state exists from the second step on
+LOG_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One logged step. `mfu` is None where the device's rate is not known."""
+
+    step: int
+    num_steps: int
+    loss: float
+    tokens_per_s: float
+    mfu: float | None
+    seconds_left: float
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """Bits per byte on the validation text after `step` steps."""
+
+    step: int
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A line for the person who watches."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """How a run ended. `measurement` is None if it was interrupted before it was measured."""
+
+    folder: RunFolder
+    steps: int
+    finished: bool
+    interrupted_by: str | None
+    bits_per_byte: float | None
+    measurement: Measurement | None
+
+
+Report = StepReport | EvaluationReport | Notice
+Watcher = Callable[[Report], None]
+
+
+def train(
+    plan: Plan,
+    folder: RunFolder,
+    *,
+    cache_dir: Path,
+    ledger_folder: Path,
+    argv: Sequence[str] = (),
+    watcher: Watcher = lambda report: None,
+) -> TrainingResult:
+    """Train `plan` in `folder`, going on from its newest verified checkpoint if there is one.
+
+    Raises:
+        DoesNotFitError: the plan says that it does not fit.
+        FailedError: another process trains here, the disk fails, the loss is no number any more.
+        BadQuestionError: the text is too short or another plan was run here.
+    """
+    recipe = training_recipe(plan)
+    if not plan.fits:
+        raise DoesNotFitError(
+            f"the plan does not fit: process {gib(plan.memory.process_bytes.high)} of"
+            f" {gib(plan.memory.capacity_bytes)}",
+            hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
+        )
+    with Interrupt() as interrupt, run_lock(folder.path):
+        folder.begin(plan, argv)
+        data = prepare_data(plan, folder, recipe, cache_dir, watcher)
+        run = _Run(plan, recipe, folder, data, interrupt, watcher)
+        return run.to_the_end(ledger_folder, argv)
+
+
+def prepare_data(
+    plan: Plan, folder: RunFolder, recipe: TrainingRecipe, cache_dir: Path, watcher: Watcher
+) -> PreparedData:
+    """Tokenize the plan's text, with the tokenizer of the run if it has one already."""
+    known = folder.tokenizer_file.exists()
+    data = prepare(
+        plan.question.input or "builtin",
+        vocab_size="byte" if plan.question.byte_tokens else plan.shape.vocab_size,
+        seq_len=recipe.seq_len,
+        cache_dir=cache_dir,
+        tokenizer=Tokenizer.load(folder.tokenizer_file) if known else None,
+        progress=lambda stage, share: watcher(Notice(text=f"{stage} {share:.0%}")),
+    )
+    if data.tokenizer.vocab_size > plan.shape.vocab_size:
+        raise FailedError(
+            f"the tokenizer has {data.tokenizer.vocab_size} entries, the model"
+            f" {plan.shape.vocab_size}",
+            hint="snugpt train --name another-name",
+        )
+    if not known:
+        data.tokenizer.save(folder.tokenizer_file)
+    return data
+
+
+class _Run:
+    """The state of one run between its first and its last step."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: TrainingRecipe,
+        folder: RunFolder,
+        data: PreparedData,
+        interrupt: Interrupt,
+        watcher: Watcher,
+    ) -> None:
+        self.plan, self.recipe, self.folder = plan, recipe, folder
+        self.data, self.interrupt, self.watcher = data, interrupt, watcher
+        self.device = torch.device("cuda" if plan.gpu.backend == "cuda" else "cpu")
+        self.meter = MemoryMeter(self.device)
+        self.step = 0
+        self.bits_per_byte: float | None = None
+        self.loss: float | None = None
+        self.train_s = 0.0  # in steps after the metered ones, without evaluation and saving
+        self.timed_steps = 0
+
+    def to_the_end(self, ledger_folder: Path, argv: Sequence[str]) -> TrainingResult:
+        """Build, restore, take every step that is left, save, and write the receipt."""
+        found = load_newest(
+            self.folder.checkpoints, warn=lambda line: self.watcher(Notice(text=line))
+        )
+        if found is not None and found.step >= self.recipe.num_steps:
+            return self._finished_before(found)
+        self.meter.start()
+        self._build(found)
+        self._first_steps()
+        self._steps()
+        measurement = None
+        if self.meter.complete:
+            measurement = self.meter.measurement(
+                self.plan, argv, steps=self.step, loss=self.loss,
+                bits_per_byte=self.bits_per_byte, tokens_per_s=self._tokens_per_s(),
+            )  # fmt: skip
+            self.meter.keep(measurement, ledger_folder, self.folder.measurement_file)
+        return TrainingResult(
+            folder=self.folder,
+            steps=self.step,
+            finished=self.step >= self.recipe.num_steps,
+            interrupted_by=self.interrupt.requested,
+            bits_per_byte=self.bits_per_byte,
+            measurement=measurement,
+        )
+
+    def _finished_before(self, found: Checkpoint) -> TrainingResult:
+        return TrainingResult(
+            folder=self.folder, steps=found.step, finished=True, interrupted_by=None,
+            bits_per_byte=found.state.get("bits_per_byte"), measurement=None,
+        )  # fmt: skip
+
+    def _build(self, found: Checkpoint | None) -> None:
+        shape, recipe = self.plan.shape, self.recipe
+        torch.manual_seed(recipe.schedule.seed)
+        threads = torch.get_num_threads()
+        runtime = runtime_for(self.plan.gpu, recipe.compute_dtype, shape.dropout, threads)
+        self.model: GPT = build(
+            shape, runtime, compute_dtype=recipe.compute_dtype, device=self.device,
+            seed=recipe.schedule.seed,
+        )  # fmt: skip
+        self.model.recompute_blocks = recipe.checkpoint == "blocks"
+        self.optimizers = optimizers_for(self.model, recipe)
+        self.loader = TrainingLoader(
+            tokens=self.data.train.tokens, seq_len=recipe.seq_len, seed=recipe.schedule.seed,
+            device_batch_size=recipe.device_batch_size, grad_accum_steps=recipe.grad_accum_steps,
+            device=self.device,
+        )  # fmt: skip
+        self.validation = ValidationLoader(
+            tokens=self.data.validation.tokens, seq_len=recipe.seq_len,
+            device_batch_size=recipe.device_batch_size, device=self.device,
+            max_rows=max(1, recipe.schedule.eval_tokens // recipe.seq_len),
+        )  # fmt: skip
+        if found is not None:
+            restore(found, self.model, self.optimizers)
+            self.step = found.step
+            self.watcher(Notice(text=f"resumed after step {found.step}"))
+
+    def _first_steps(self) -> None:
+        """Take the steps that are metered, and one evaluation batch, which may be the peak."""
+        for _ in range(METERED_STEPS):
+            if self._stopping():
+                break
+            self._take_step(self.meter.mark)
+        else:
+            self.meter.mark("evaluate")
+            one = ValidationLoader(
+                tokens=self.data.validation.tokens, seq_len=self.recipe.seq_len,
+                device_batch_size=self.recipe.device_batch_size, device=self.device,
+                max_rows=self.recipe.device_batch_size,
+            )  # fmt: skip
+            bits_per_byte(self.model, self.recipe, one, self.data.tokenizer.token_bytes)
+        self.meter.stop()
+
+    def _steps(self) -> None:
+        schedule = self.recipe.schedule
+        logged_s = time.perf_counter()
+        while not self._stopping():
+            began_s = time.perf_counter()
+            loss = self._take_step()
+            now_s = time.perf_counter()
+            if now_s - logged_s >= LOG_EVERY_S or self.step == self.recipe.num_steps:
+                self._log_step(loss, now_s)
+                logged_s = now_s = time.perf_counter()
+            self.train_s += now_s - began_s
+            self.timed_steps += 1
+            last = self.step == self.recipe.num_steps
+            if last or self.step % schedule.eval_every_steps == 0:
+                self._evaluate()
+            if not last and self.step % schedule.save_every_steps == 0:
+                self._save()
+        self._save()
+
+    def _stopping(self) -> bool:
+        return self.step >= self.recipe.num_steps or self.interrupt.requested is not None
+
+    def _take_step(self, mark: Callable[[Any], None] = lambda phase: None) -> torch.Tensor:
+        self.model.train()
+        set_rates(
+            self.optimizers, rate_factor(self.recipe.schedule, self.step, self.recipe.num_steps)
+        )
+        loss = take_step(
+            self.model, self.optimizers, self.recipe,
+            lambda micro_step: self.loader.batch(self.step, micro_step), mark,
+        )  # fmt: skip
+        self.step += 1
+        return loss
+
+    def _log_step(self, loss: torch.Tensor, now_s: float) -> None:
+        self.loss = loss.item()
+        if not math.isfinite(self.loss):
+            raise FailedError(
+                f"loss is {self.loss} after step {self.step}; earlier checkpoints are kept",
+                hint=f"snugpt train --name {self.folder.path.name}-2 --learning-rate 1e-4",
+            )
+        rate = self._tokens_per_s() or 0.0
+        left = (self.recipe.num_steps - self.step) * self.recipe.total_batch_tokens
+        allocated, reserved = self.meter.now()
+        report = StepReport(
+            step=self.step,
+            num_steps=self.recipe.num_steps,
+            loss=self.loss,
+            tokens_per_s=rate,
+            mfu=self._mfu(rate),
+            seconds_left=left / rate if rate else math.nan,
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+        )
+        self.folder.log(kind="step", step=self.step, loss=self.loss, tokens_per_s=rate)
+        self.watcher(report)
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        peak = self.plan.gpu.flops.get(self.recipe.compute_dtype)
+        if peak is None or self.plan.gpu.backend == "cpu":
+            return None
+        per_token = training_flops_per_token(self.plan.shape, self.recipe.seq_len)
+        return tokens_per_s * per_token / peak
+
+    def _tokens_per_s(self) -> float | None:
+        if self.timed_steps == 0:
+            return None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.timed_steps * self.recipe.total_batch_tokens / max(self.train_s, 1e-9)
+
+    def _evaluate(self) -> None:
+        found = bits_per_byte(
+            self.model, self.recipe, self.validation, self.data.tokenizer.token_bytes,
+            stop=lambda: self.interrupt.requested is not None,
+        )  # fmt: skip
+        if found is not None:
+            self.bits_per_byte = found
+            self.folder.log(kind="evaluation", step=self.step, bits_per_byte=found)
+            self.watcher(EvaluationReport(step=self.step, bits_per_byte=found))
+
+    def _save(self) -> None:
+        state = {
+            "bits_per_byte": self.bits_per_byte,
+            "tokenizer_sha256": self.data.tokenizer.sha256,
+            "corpus_sha256": self.data.corpus.sha256,
+        }
+        save_checkpoint(self.folder.checkpoints, self.step, self.model, self.optimizers, state)

@@ -1,0 +1,100 @@
+"""One optimisation step: its phases, its mean, and that steps learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import random_batch, small_model, small_recipe, small_shape
+
+from snugpt.model.build import build
+from snugpt.model.optimizers import optimizers_for
+from snugpt.model.step import step
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import STYLES
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("style", STYLES)
+def test_training_on_a_repeated_batch_lowers_the_loss(style, optimizer):
+    shape = small_shape(style, depth=2, context_len=32)
+    model = build(shape, Runtime(device="cpu", attention="cpu"), seed=0)
+    recipe = small_recipe(4, 32, optimizer=optimizer, learning_rate=3e-3)
+    optimizers = optimizers_for(model, recipe)
+    batch = random_batch(shape, 4, 32)
+    losses = [step(model, optimizers, recipe, lambda _: batch).item() for _ in range(25)]
+    assert losses[0] == pytest.approx(torch.tensor(90.0).log().item(), rel=0.1)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_step_of_four_micro_batches_moves_the_weights_as_one_of_all_rows(style):
+    shape = small_shape(style)
+    tokens, targets = random_batch(shape, 8, 20)
+    moved = []
+    for accumulation in (1, 4):
+        model, batch = small_model(shape), 8 // accumulation
+        recipe = small_recipe(batch, 20, accumulation=accumulation)
+        rows = torch.arange(8).split(batch)
+        loss = step(
+            model,
+            optimizers_for(model, recipe),
+            recipe,
+            lambda i, rows=rows: (tokens[rows[i]], targets[rows[i]]),
+        )
+        moved.append([loss, *(w.detach() for w in model.parameters())])
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-4)
+
+
+def test_phases_are_named_in_order_and_gradients_are_gone_afterwards():
+    shape = small_shape("llama")
+    model, recipe = small_model(shape), small_recipe(2, 16, accumulation=2)
+    marks: list[str] = []
+    optimizers = optimizers_for(model, recipe)
+    step(model, optimizers, recipe, lambda _: random_batch(shape, 2, 16), marks.append)
+    assert marks == [*(2 * ["forward", "loss", "backward"]), "clip", "optimizer"]
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_schedule():
+    shape = small_shape("llama")
+    model, recipe = small_model(shape), small_recipe(2, 16)
+    norms: list[float] = []
+
+    class Seen(torch.optim.Optimizer):
+        def step(self, closure=None) -> None:
+            grads = [w.grad.flatten() for w in model.parameters()]
+            norms.append(torch.cat(grads).norm().item())
+
+    watching = Seen(model.parameters(), {})
+    step(model, [watching], recipe, lambda _: random_batch(shape, 2, 16))
+    assert norms == [pytest.approx(1.0, rel=1e-4)]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    shape = small_shape("nanochat")
+    runtime = Runtime(device="cpu", attention="cpu")
+    first, again, other = (build(shape, runtime, seed=seed) for seed in (1, 1, 2))
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.embedding, other.embedding)
+
+
+def test_the_plain_loss_makes_all_logits_at_once_whatever_the_chunk_says(monkeypatch):
+    import msgspec
+
+    from snugpt.model import loss
+
+    shape = small_shape("gpt2")
+    model, recipe = small_model(shape), small_recipe(2, 40, chunk=8)
+    rows: list[int] = []
+    capped = loss.capped_logits
+
+    def seen(h, *rest):
+        rows.append(h.shape[0])
+        return capped(h, *rest)
+
+    monkeypatch.setattr(loss, "capped_logits", seen)
+    for name in ("chunked", "plain"):
+        asked = msgspec.structs.replace(recipe, loss=name)
+        step(model, optimizers_for(model, asked), asked, lambda _: random_batch(shape, 2, 40))
+    assert rows == [*(10 * [8]), 80]
