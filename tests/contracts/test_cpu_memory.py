@@ -124,9 +124,14 @@ def test_window_masks_are_predicted_where_a_window_is_exceeded(pattern, seq_len,
     assert_to_the_byte(compare(shape, batch=1, seq_len=seq_len, checkpoint=checkpoint))
 
 
+def attention_heavy(style: str) -> ModelShape:
+    """Where the kernel's scratch stands out: long sequences, next to no mlp, few words."""
+    return small(style, depth=1, context_len=800, mlp=16, vocab_size=64)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_long_sequences_use_larger_tiles_as_predicted(style):
-    assert_to_the_byte(compare(small(style, depth=2, context_len=800), batch=1, chunk=100))
+    assert_to_the_byte(compare(attention_heavy(style), batch=1, chunk=100))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -155,7 +160,7 @@ def test_evaluation_is_predicted_where_it_is_the_peak_of_its_logits(style):
 def test_scratch_of_two_threads_is_predicted(style):
     torch.set_num_threads(2)
     try:
-        phases = compare(small(style, context_len=256), batch=2)
+        phases = compare(attention_heavy(style), batch=1, chunk=100)
     finally:
         torch.set_num_threads(1)
-    assert_within_a_thousandth(phases)
+    assert_to_the_byte(phases)

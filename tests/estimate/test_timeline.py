@@ -100,6 +100,13 @@ def test_the_peak_of_each_phase_is_the_highest_of_its_instants(timeline, batch):
     assert crests == wanted
 
 
+def test_a_line_that_is_only_as_high_as_a_steeper_one_at_batch_one_is_left_out():
+    flat, steep = (Buffer("t", "activations", *size, "") for size in ((10, 0), (9, 1)))
+    events = [Event(1, flat), Event(-1, flat), Event(1, steep), Event(-1, steep)]
+    timeline = Timeline((), (Placed("forward", 0, Segment(events, 1)),), 1)
+    assert timeline.envelope == ((9, 1),)
+
+
 @thorough
 @given(timelines())
 def test_every_line_of_the_envelope_is_the_highest_somewhere(timeline):
@@ -118,7 +125,10 @@ def test_a_real_steps_peak_is_what_its_alive_buffers_sum_to(asked, batch):
     size = timeline.block_bytes
     held = sum(n * rounded(b, batch, size) for b, n in alive.buffers.items())
     assert alive.bytes == held == max(phases.values()) == max(every_instant(timeline, batch))
-    assert all(n > 0 for n in alive.buffers.values()) or timeline.aliases
+    tensors: Counter[Buffer] = Counter()
+    for buffer, number in alive.buffers.items():
+        tensors[timeline.aliases.get(buffer, buffer)] += number
+    assert min(tensors.values()) >= 0
     if size == 1:
         assert timeline.peak_bytes(batch) == alive.bytes
     else:
@@ -126,7 +136,7 @@ def test_a_real_steps_peak_is_what_its_alive_buffers_sum_to(asked, batch):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(levers(lengths=(128, 256, 1024)), st.integers(1, 64))
+@given(levers(lengths=(256, 512, 1024)), st.integers(1, 64))
 def test_on_cuda_the_envelope_is_exact_at_whole_blocks(asked, batch):
     timeline = TrainingStep(*question(asked)).timeline()
     exact, _ = timeline.read(batch)

@@ -3,14 +3,14 @@
 Rules and constants from c10/core/AllocatorConfig.h and c10/cuda/CUDACachingAllocator.cpp (PyTorch
 2.13), the default native allocator without expandable segments:
 
-- a request is rounded up to 512 bytes; up to 1 MiB it comes from the small pool, else from the large;
+- a request is rounded up to 512 bytes; up to 1 MiB the small pool serves it, else the large one;
 - a pool is searched for the smallest free block that holds it, lowest address first;
 - failing that a segment is taken from the driver: 2 MiB for small requests, 20 MiB for those below
   10 MiB, else the request rounded up to 2 MiB;
 - a block is split if at least 512 bytes (small pool) or more than 1 MiB (large pool) would be left;
 - a freed block is merged with its free neighbours. Segments are kept until memory runs out.
 
-Never validated on a GPU yet. What lies on the unsplit rest of a block is counted as allocated (slack).
+Never validated on a GPU yet. The unsplit rest of a block is counted as allocated (slack).
 """
 
 from __future__ import annotations

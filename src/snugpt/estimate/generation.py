@@ -2,6 +2,7 @@
 
 What `run/generate.py` does with `GPT.next_logits`: weights in the generation dtype, a static cache,
 logits for the last position only. Decoding is walked at the full cache, where it is largest.
+Left out on the CPU: the scratch of oneDNN's bf16 products, its own choice (up to 0.2 MiB was seen).
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ def generation_timeline(shape: ModelShape, recipe: GenerationRecipe, runtime: Ru
     aliases: dict[Buffer, Buffer] = {}
     phases: tuple[tuple[Phase, int], ...] = (("prefill", recipe.prompt_tokens), ("decode", 1))
     for phase, num_tokens in phases:
-        net = Net(
-            shape, runtime, recipe.weight_dtype, num_tokens, casts_weights=False, drops=False
-        )
+        net = Net(shape, runtime, recipe.weight_dtype, num_tokens, casts_weights=False, drops=False)
         placed += _pass(net, phase, recipe, aliases)
     net = Net(shape, runtime, recipe.weight_dtype, 1, casts_weights=False, drops=False)
     resident = (*stack.resident(net, None), *_cache(net, recipe))
@@ -96,12 +95,11 @@ def _new_masks(net: Net) -> list[Event]:
 def _head(net: Net, stream: Buffer) -> list[Event]:
     """From the residual stream to one token per sequence: `next_logits` and `sampling.choose`.
 
-    Sampling holds the logits, the probabilities and as many random numbers at once.
+    Sampling holds the logits, the probabilities and as many random numbers at once. A top_p, which
+    the recipe does not name, sorts them: another 13 bytes per sequence and token of the vocabulary.
     """
     shape = net.shape
-    last = Net(
-        shape, net.runtime, net.compute_dtype, 1, casts_weights=False, drops=False
-    )
+    last = Net(shape, net.runtime, net.compute_dtype, 1, casts_weights=False, drops=False)
     weights = edge_weights(shape)
     head = weights["embedding"] if shape.tied_embeddings else weights["head"]
     one = Buffer("norm outputs", "activations", 0, shape.model_dim * net.width_bytes, "B·C")

@@ -74,7 +74,7 @@ def parameter_groups(shape: ModelShape) -> dict[ParameterGroup, int]:
     nanochat d12: embedding 25.2M, value_embedding 151.0M, head 25.2M, matrices 84.9M.
     """
     groups: dict[ParameterGroup, int] = {}
-    kinds = _layer_kinds(shape)
+    kinds = layer_kinds(shape)
     for weight in edge_weights(shape).values():
         _count(groups, weight, 1)
     for layer, repeats in kinds.items():
@@ -100,7 +100,7 @@ def scaling_parameters(shape: ModelShape) -> int:
     return sum(n for group, n in groups.items() if group not in ("embedding", "head"))
 
 
-def _layer_kinds(shape: ModelShape) -> dict[int, int]:
+def layer_kinds(shape: ModelShape) -> dict[int, int]:
     """One layer of each kind, with how many there are: with and without a value embedding."""
     mixing = [i for i in range(shape.num_layers) if shape.has_value_embedding(i)]
     plain = shape.num_layers - len(mixing)

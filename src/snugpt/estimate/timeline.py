@@ -92,7 +92,7 @@ class Timeline:
     def peak_bytes(self, batch: int) -> int:
         """The most bytes alive at once, from the envelope.
 
-        Exact where a tensor's bytes per sequence are whole blocks (on CUDA: T a multiple of 128),
+        Exact where a tensor's bytes per sequence are whole blocks (on CUDA: T a multiple of 256),
         a few KiB per tensor too much elsewhere.
         """
         return max(fixed + batch * slope for fixed, slope in self.envelope)

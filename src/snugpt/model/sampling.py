@@ -9,6 +9,8 @@ from torch import Tensor
 
 from snugpt.errors import bad_value
 
+GREEDY_BELOW = 1e-6  # a temperature this low divides logits into infinities
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -33,7 +35,7 @@ class Sampling:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Draw one token per row: (B, V) fp32, overwritten -> (B, 1) int64."""
-    if sampling.temperature == 0.0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1, keepdim=True)
     logits.div_(sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:

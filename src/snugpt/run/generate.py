@@ -41,7 +41,7 @@ def load_model(folder: RunFolder, weight_dtype: ComputeDtype | None = None) -> T
     """Load the newest verified checkpoint of a run, on CUDA if there is one.
 
     Raises:
-        FailedError: there is no checkpoint yet, or none is intact.
+        FailedError: there is no checkpoint yet, none is intact, or the tokenizer is another.
     """
     plan = folder.plan()
     found = load_newest(folder.checkpoints, weights_only=True)
@@ -55,7 +55,10 @@ def load_model(folder: RunFolder, weight_dtype: ComputeDtype | None = None) -> T
     dtype = weight_dtype or ("bf16" if runtime.attention == "flash" else "fp32")
     model = build_for_generation(plan.shape, runtime, dtype, device)
     restore_weights(found, model)
-    return TrainedModel(model, Tokenizer.load(folder.tokenizer_file), device)
+    tokenizer = Tokenizer.load(
+        folder.tokenizer_file, expected_sha256=found.state.get("tokenizer_sha256")
+    )
+    return TrainedModel(model, tokenizer, device)
 
 
 def generation_runtime(device: torch.device, weight_dtype: ComputeDtype | None) -> Runtime:
@@ -80,10 +83,13 @@ def token_stream(
     """Yield (num_samples, 1) token ids, one step at a time, until all have ended or the end.
 
     Raises:
-        BadQuestionError: the prompt leaves no room in the model's context.
+        BadQuestionError: the prompt is empty or leaves no room in the model's context, or a
+            number is below 1.
     """
     model = trained.model
     context_len = model.shape.context_len
+    if not prompt:
+        raise bad_value("prompt", prompt, "at least one token")
     if len(prompt) >= context_len:
         raise BadQuestionError(
             f"prompt has {len(prompt)} tokens, the model's context is {context_len}",
@@ -91,11 +97,11 @@ def token_stream(
         )
     if max_new_tokens < 1:
         raise bad_value("max_new_tokens", max_new_tokens, "at least 1")
+    if num_samples < 1:
+        raise bad_value("num_samples", num_samples, "at least 1")
     steps = min(max_new_tokens, context_len - len(prompt))
     generator = torch.Generator(trained.device).manual_seed(sampling.seed)
-    cache = KVCache(
-        model.shape, num_samples, len(prompt) + steps, model.dtype, trained.device
-    )
+    cache = KVCache(model.shape, num_samples, len(prompt) + steps, model.dtype, trained.device)
     tokens = torch.tensor([prompt] * num_samples, device=trained.device)
     return _steps(trained, tokens, cache, steps, sampling, generator)
 
@@ -155,5 +161,3 @@ def sample_texts(
             if not ended[row]:
                 ids[row].append(token)
     return [trained.tokenizer.decode(row) for row in ids]
-
-

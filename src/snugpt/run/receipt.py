@@ -1,7 +1,8 @@
 """The receipt of a run: what memory it took, beside what was predicted.
 
-On the CPU torch's allocator is recorded while the model is built and takes its first two steps and
-one evaluation batch; from the second step on every step is alike. On CUDA the counters run throughout.
+On the CPU torch's allocator is recorded while the model is built and takes its first two steps (a
+resumed one its first) and one evaluation batch; from then on every step is alike. On CUDA the
+counters run throughout.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 import torch
 
 from snugpt.data.durable_file import write_durably
+from snugpt.errors import FailedError
 from snugpt.ledger import store
 from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.run.environment import gpu_id_of, this_environment
@@ -37,7 +39,6 @@ class MemoryMeter:
         self._cuda = CudaCounters(device) if device.type == "cuda" else None
         self._cpu: CpuAllocations | None = None
         self._recording = ExitStack()
-        self._marked: set[Phase] = set()
 
     def start(self) -> None:
         """Begin to count. Nothing of the run may be on the device yet."""
@@ -50,23 +51,22 @@ class MemoryMeter:
 
     def mark(self, phase: Phase) -> None:
         """Say that a phase begins."""
-        self._marked.add(phase)
         if self._cpu is not None:
             self._cpu.mark(phase)
 
-    def stop(self) -> None:
-        """End the recording; it is complete if it reached the evaluation."""
+    def stop(self, *, complete: bool = False) -> None:
+        """End the recording; `complete` if a whole step and an evaluation are in it."""
         self._recording.close()
-        self.complete = "evaluate" in self._marked
+        self.complete = self.complete or complete
 
     def now(self) -> tuple[int | None, int | None]:
-        """Peak allocated and reserved bytes so far."""
+        """Peak allocated and reserved bytes so far, None while the CPU's are being recorded."""
         if self._cuda is not None:
             return (
                 torch.cuda.max_memory_allocated(self.device),
                 torch.cuda.max_memory_reserved(self.device),
             )
-        allocated = self._cpu.peak_bytes if self._cpu is not None else None
+        allocated = self._cpu.peak_bytes if self._cpu is not None and self.complete else None
         return allocated, allocated
 
     def measurement(
@@ -108,10 +108,22 @@ class MemoryMeter:
             argv=tuple(argv),
         )
 
-    def keep(self, measurement: Measurement, ledger_folder: Path, file: Path) -> None:
-        """Append a measurement to the ledger and write it into the run's folder."""
-        store.append(ledger_folder, measurement)
-        write_durably(file, msgspec.json.format(msgspec.json.encode(measurement)) + b"\n")
+    def keep(self, measurement: Measurement, ledger_folder: Path, file: Path) -> list[str]:
+        """Write a measurement into the run's folder and the ledger; return what failed.
+
+        The run is done by now: a ledger that can't be written must not make it a failure.
+        """
+        failures = []
+        text = msgspec.json.format(msgspec.json.encode(measurement)) + b"\n"
+        for write in (
+            lambda: write_durably(file, text),
+            lambda: store.append(ledger_folder, measurement),
+        ):
+            try:
+                write()
+            except FailedError as error:
+                failures.append(error.message)
+        return failures
 
     def _cpu_peaks(self) -> Peaks:
         assert self._cpu is not None

@@ -1,12 +1,13 @@
 """The folder of a run: what lies in it and where.
 
-    plan.json  argv  tokenizer.json  metrics.jsonl  measurement.json  checkpoints/
+plan.json  argv  tokenizer.json  metrics.jsonl  measurement.json  checkpoints/
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -69,17 +70,8 @@ class RunFolder:
         if self.plan_file.exists():
             self._check_same(plan)
         else:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FailedError(
-                    f"run folder {str(self.path)!r} can't be made: {error.strerror}",
-                    hint="snugpt train --name another-name",
-                ) from None
             write_durably(self.plan_file, encode_plan(plan))
-        line = shlex.join(argv) + "\n"
-        with (self.path / "argv").open("a", encoding="utf-8") as file:
-            file.write(line)
+        _append_line(self.path / "argv", shlex.join(argv).encode("utf-8", "surrogateescape"))
 
     def _check_same(self, plan: Plan) -> None:
         before = self.plan()
@@ -91,12 +83,15 @@ class RunFolder:
                 )
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with self.metrics_file.open("ab") as file:
-            file.write(msgspec.json.encode(values) + b"\n")
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            FailedError: the disk is full or fails.
+        """
+        _append_line(self.metrics_file, msgspec.json.encode(values))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        """The lines of metrics.jsonl; one cut short by a kill or a full disk is left out."""
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
@@ -107,6 +102,21 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return found
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Add one line; what a kill or a full disk left torn before it is ended first."""
+    try:
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line + b"\n")
+    except OSError as error:
+        raise FailedError(
+            f"could not write {path}: {error.strerror or error}",
+            hint=shlex.join(["df", "-h", str(path.parent)]),
+        ) from None
 
 
 def folder_for(plan: Plan, name: str | None, runs: Path = RUNS) -> RunFolder:
@@ -134,7 +144,7 @@ def find_run(name: str, runs: Path = RUNS) -> RunFolder:
         BadQuestionError: there is no such run.
     """
     for path in (runs / name, Path(name)):
-        if (path / "plan.json").is_file():
+        if os.path.isfile(path / "plan.json"):  # False, not an error, for what no file can be named
             return RunFolder(path)
     known = sorted(p.parent.name for p in runs.glob("*/plan.json"))
     listed = f"; {runs}/ has {', '.join(known[:5])}" if known else ""

@@ -2,8 +2,8 @@
 
     prepare text -> lock the folder -> build -> restore -> steps (evaluate, save) -> receipt
 
-Everything that decides the weights is a function of the plan and the step: a run that was killed and
-resumed takes the same steps as one that was not.
+Everything that decides the weights is a function of the plan and the step: a run that was killed
+and resumed takes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import runtime_for
 from snugpt.units import gib
 
-METERED_STEPS = 2  # optimizer state exists from the second step on
+METERED_STEPS = 2  # of a new run: optimizer state exists from the second step on
 LOG_EVERY_S = 1.0
 
 
@@ -163,25 +163,60 @@ class _Run:
         self.loss: float | None = None
         self.train_s = 0.0  # in steps after the metered ones, without evaluation and saving
         self.timed_steps = 0
+        self.logged_s = time.perf_counter()
+        self.metrics_lost = False
 
     def to_the_end(self, ledger_folder: Path, argv: Sequence[str]) -> TrainingResult:
         """Build, restore, take every step that is left, save, and write the receipt."""
         found = load_newest(
             self.folder.checkpoints, warn=lambda line: self.watcher(Notice(text=line))
         )
-        if found is not None and found.step >= self.recipe.num_steps:
-            return self._finished_before(found)
-        self.meter.start()
-        self._build(found)
-        self._first_steps()
+        if found is not None:
+            self._take_over(found)
+            if self.step >= self.recipe.num_steps and self._was_evaluated():
+                self.watcher(Notice(text=f"finished before, after step {self.step}"))
+                return self._result(None)
+        try:
+            self.meter.start()
+            self._build(found)
+            self._first_steps()
+        finally:
+            self.meter.stop()
         self._steps()
-        measurement = None
-        if self.meter.complete:
-            measurement = self.meter.measurement(
-                self.plan, argv, steps=self.step, loss=self.loss,
-                bits_per_byte=self.bits_per_byte, tokens_per_s=self._tokens_per_s(),
-            )  # fmt: skip
-            self.meter.keep(measurement, ledger_folder, self.folder.measurement_file)
+        self._save()
+        measurement = self._receipt(ledger_folder, argv) if self.meter.complete else None
+        return self._result(measurement)
+
+    def _take_over(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint of the same text."""
+        for what, now in self._identities().items():
+            if found.state.get(what, now) != now:
+                raise FailedError(
+                    f"{self.folder.path} was trained on other text: {what} of step {found.step}"
+                    f" is {found.state[what][:12]}, now it is {now[:12]}",
+                    hint=f"snugpt train --name {self.folder.path.name}-2",
+                )
+        self.step = found.step
+        self.bits_per_byte = found.state.get("bits_per_byte")
+
+    def _was_evaluated(self) -> bool:
+        """Whether the step's evaluation is on record; it is not if a signal cut it short."""
+        for line in self.folder.metrics():
+            if (line.get("kind"), line.get("step")) == ("evaluation", self.step):
+                self.bits_per_byte = line["bits_per_byte"]
+                return True
+        return False
+
+    def _receipt(self, ledger_folder: Path, argv: Sequence[str]) -> Measurement:
+        measurement = self.meter.measurement(
+            self.plan, argv, steps=self.step, loss=self.loss,
+            bits_per_byte=self.bits_per_byte, tokens_per_s=self._tokens_per_s(),
+        )  # fmt: skip
+        for failure in self.meter.keep(measurement, ledger_folder, self.folder.measurement_file):
+            self.watcher(Notice(text=f"measurement not kept: {failure}"))
+        return measurement
+
+    def _result(self, measurement: Measurement | None) -> TrainingResult:
         return TrainingResult(
             folder=self.folder,
             steps=self.step,
@@ -190,12 +225,6 @@ class _Run:
             bits_per_byte=self.bits_per_byte,
             measurement=measurement,
         )
-
-    def _finished_before(self, found: Checkpoint) -> TrainingResult:
-        return TrainingResult(
-            folder=self.folder, steps=found.step, finished=True, interrupted_by=None,
-            bits_per_byte=found.state.get("bits_per_byte"), measurement=None,
-        )  # fmt: skip
 
     def _build(self, found: Checkpoint | None) -> None:
         shape, recipe = self.plan.shape, self.recipe
@@ -220,43 +249,47 @@ class _Run:
         )  # fmt: skip
         if found is not None:
             restore(found, self.model, self.optimizers)
-            self.step = found.step
             self.watcher(Notice(text=f"resumed after step {found.step}"))
 
     def _first_steps(self) -> None:
         """Take the steps that are metered, and one evaluation batch, which may be the peak."""
-        for _ in range(METERED_STEPS):
-            if self._stopping():
-                break
-            self._take_step(self.meter.mark)
-        else:
+        if self.step and self._evaluation_is_due() and not self._was_evaluated():
+            self._evaluate()
+        first_full_step = self.step + (1 if self.step else METERED_STEPS)
+        while self.step < first_full_step and not self._stopping():
+            loss = self._take_step(self.meter.mark)
             self.meter.mark("evaluate")
-            one = ValidationLoader(
-                tokens=self.data.validation.tokens, seq_len=self.recipe.seq_len,
-                device_batch_size=self.recipe.device_batch_size, device=self.device,
-                max_rows=self.recipe.device_batch_size,
-            )  # fmt: skip
-            bits_per_byte(self.model, self.recipe, one, self.data.tokenizer.token_bytes)
-        self.meter.stop()
+            if self.step == first_full_step:
+                self._evaluate_one_batch()
+                self.meter.stop(complete=True)
+            self._log_if_due(loss)
+            self._evaluate_and_save_if_due()
 
     def _steps(self) -> None:
-        schedule = self.recipe.schedule
-        logged_s = time.perf_counter()
         while not self._stopping():
             began_s = time.perf_counter()
             loss = self._take_step()
-            now_s = time.perf_counter()
-            if now_s - logged_s >= LOG_EVERY_S or self.step == self.recipe.num_steps:
-                self._log_step(loss, now_s)
-                logged_s = now_s = time.perf_counter()
-            self.train_s += now_s - began_s
+            self._log_if_due(loss)
+            self.train_s += time.perf_counter() - began_s
             self.timed_steps += 1
-            last = self.step == self.recipe.num_steps
-            if last or self.step % schedule.eval_every_steps == 0:
-                self._evaluate()
-            if not last and self.step % schedule.save_every_steps == 0:
-                self._save()
-        self._save()
+            self._evaluate_and_save_if_due()
+
+    def _log_if_due(self, loss: torch.Tensor) -> None:
+        due_s = self.logged_s + LOG_EVERY_S
+        if time.perf_counter() >= due_s or self.step == self.recipe.num_steps:
+            self._log_step(loss)
+            self.logged_s = time.perf_counter()
+
+    def _evaluate_and_save_if_due(self) -> None:
+        if self._evaluation_is_due():
+            self._evaluate()
+        last = self.step == self.recipe.num_steps
+        if not last and self.step % self.recipe.schedule.save_every_steps == 0:
+            self._save_on_the_way()
+
+    def _evaluation_is_due(self) -> bool:
+        last = self.step == self.recipe.num_steps
+        return last or self.step % self.recipe.schedule.eval_every_steps == 0
 
     def _stopping(self) -> bool:
         return self.step >= self.recipe.num_steps or self.interrupt.requested is not None
@@ -273,13 +306,10 @@ class _Run:
         self.step += 1
         return loss
 
-    def _log_step(self, loss: torch.Tensor, now_s: float) -> None:
+    def _log_step(self, loss: torch.Tensor) -> None:
         self.loss = loss.item()
         if not math.isfinite(self.loss):
-            raise FailedError(
-                f"loss is {self.loss} after step {self.step}; earlier checkpoints are kept",
-                hint=f"snugpt train --name {self.folder.path.name}-2 --learning-rate 1e-4",
-            )
+            raise self._diverged(f"loss is {self.loss}")
         rate = self._tokens_per_s() or 0.0
         left = (self.recipe.num_steps - self.step) * self.recipe.total_batch_tokens
         allocated, reserved = self.meter.now()
@@ -293,7 +323,7 @@ class _Run:
             allocated_bytes=allocated,
             reserved_bytes=reserved,
         )
-        self.folder.log(kind="step", step=self.step, loss=self.loss, tokens_per_s=rate)
+        self._log(kind="step", step=self.step, loss=self.loss, tokens_per_s=rate or None)
         self.watcher(report)
 
     def _mfu(self, tokens_per_s: float) -> float | None:
@@ -317,13 +347,57 @@ class _Run:
         )  # fmt: skip
         if found is not None:
             self.bits_per_byte = found
-            self.folder.log(kind="evaluation", step=self.step, bits_per_byte=found)
+            self._log(kind="evaluation", step=self.step, bits_per_byte=found)
             self.watcher(EvaluationReport(step=self.step, bits_per_byte=found))
 
+    def _evaluate_one_batch(self) -> None:
+        one = ValidationLoader(
+            tokens=self.data.validation.tokens, seq_len=self.recipe.seq_len,
+            device_batch_size=self.recipe.device_batch_size, device=self.device,
+            max_rows=self.recipe.device_batch_size,
+        )  # fmt: skip
+        bits_per_byte(self.model, self.recipe, one, self.data.tokenizer.token_bytes)
+
+    def _log(self, **values: Any) -> None:
+        """Add a line to the metrics; a full disk costs the line and one notice, not the run."""
+        try:
+            self.folder.log(**values)
+        except FailedError as error:
+            if not self.metrics_lost:
+                self.watcher(Notice(text=f"{error.message}; training goes on"))
+            self.metrics_lost = True
+
     def _save(self) -> None:
-        state = {
-            "bits_per_byte": self.bits_per_byte,
+        self._refuse_broken_weights()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        state = {"bits_per_byte": self.bits_per_byte, **self._identities()}
+        save_checkpoint(self.folder.checkpoints, self.step, self.model, self.optimizers, state)
+
+    def _save_on_the_way(self) -> None:
+        """Save; if the disk fails keep what is there, say so and go on: the next save may do."""
+        self._refuse_broken_weights()
+        try:
+            self._write_checkpoint()
+        except FailedError as error:
+            self.watcher(Notice(text=f"{error.message}; training goes on"))
+
+    def _refuse_broken_weights(self) -> None:
+        """A checkpoint that is no number would push out a sound one."""
+        norm = torch.nn.utils.get_total_norm(self.model.parameters()).item()
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of the weights is {norm}")
+
+    def _diverged(self, what: str) -> FailedError:
+        return FailedError(
+            f"{what} after step {self.step}; earlier checkpoints are kept",
+            hint=f"snugpt train --name {self.folder.path.name}-2 --learning-rate 1e-4",
+        )
+
+    def _identities(self) -> dict[str, str]:
+        """What a checkpoint says of the text it was trained on."""
+        return {
             "tokenizer_sha256": self.data.tokenizer.sha256,
             "corpus_sha256": self.data.corpus.sha256,
         }
-        save_checkpoint(self.folder.checkpoints, self.step, self.model, self.optimizers, state)

@@ -68,6 +68,14 @@ def default_ledger_folder() -> Path:
     return data_home / "snugpt"
 
 
+def default_cache_folder() -> Path:
+    """Return where what can be made again goes: $XDG_CACHE_HOME/snugpt or ~/.cache/snugpt."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache_home.is_absolute():
+        cache_home = Path.home() / ".cache"
+    return cache_home / "snugpt"
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Read `Name:  123 kB` lines as bytes; nothing where there is no such file."""
     try:

@@ -8,22 +8,15 @@ from __future__ import annotations
 import math
 import secrets
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import msgspec
 from msgspec import inspect
 
 from snugpt.errors import BadQuestionError, FailedError, bad_value
 from snugpt.spec.memory import MemoryEstimate, Phase
-from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.spec.recipe import Recipe
 from snugpt.spec.shape import ModelShape
-
-if TYPE_CHECKING:
-    StoredRecipe = Recipe
-else:
-    # msgspec reads a union of structs only when they carry its own tag; `measurement_from_json`
-    # picks the struct by `task` instead.
-    StoredRecipe = Any
 
 Outcome = Literal["fit", "oom", "failed"]
 Counter = Literal["allocated", "reserved", "process"]
@@ -62,7 +55,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     gpu_id: str | None  # of the catalogue; None for a card that is not in it
     gpu_name: str
     shape: ModelShape | None = None
-    recipe: StoredRecipe | None = None
+    recipe: Recipe | None = None
     predicted: MemoryEstimate | None = None
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
@@ -150,9 +143,6 @@ def measurement_from_json(text: bytes | str) -> Measurement:
     """
     try:
         value = msgspec.json.decode(text)
-        if isinstance(value, dict) and isinstance(recipe := value.get("recipe"), dict):
-            kind = GenerationRecipe if recipe.get("task") == "generate" else TrainingRecipe
-            value["recipe"] = msgspec.convert(_known(recipe, inspect.type_info(kind)), kind)
         return msgspec.convert(_known(value, inspect.type_info(Measurement)), Measurement)
     except (msgspec.MsgspecError, UnicodeDecodeError, BadQuestionError) as error:
         raise FailedError(f"not a measurement: {error}", hint="snugpt records") from error
@@ -162,10 +152,14 @@ def _known(value: Any, kind: inspect.Type) -> Any:
     """Drop the keys that the structs within `kind` do not have, so that newer lines can be read."""
     if isinstance(kind, inspect.UnionType) and isinstance(value, dict):
         structs = [each for each in kind.types if isinstance(each, inspect.StructType)]
-        return _known(value, structs[0]) if structs else value
+        tagged = [each for each in structs if value.get(each.tag_field or "") == each.tag]
+        return _known(value, (tagged or structs)[0]) if structs else value
     if isinstance(kind, inspect.StructType) and isinstance(value, dict):
         fields = {field.encode_name: field.type for field in kind.fields}
-        return {key: _known(value[key], fields[key]) for key in value if key in fields}
+        found = {key: _known(value[key], fields[key]) for key in value if key in fields}
+        if kind.tag_field in value:
+            found[str(kind.tag_field)] = value[str(kind.tag_field)]
+        return found
     if isinstance(kind, inspect.VarTupleType) and isinstance(value, list):
         return [_known(item, kind.item_type) for item in value]
     return value

@@ -1,9 +1,10 @@
-"""Question: what the user wants and has. What is pinned stays; None is for the planner to choose."""
+"""Question: what the user wants and has. What is pinned stays; None is the planner's to choose."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,6 +37,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seq_len: int | None = None
     input: str | None = None
     byte_tokens: bool | None = None  # one token per byte, as the `_char` presets have it
+    batch_size: int | None = None  # sequences of one optimizer step; total = batch_size x seq_len
     total_batch_tokens: int | None = None
     total_tokens: int | None = None
     tokens_per_param: float | None = None
@@ -65,16 +67,15 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight_dtype: ComputeDtype | None = None
 
     def __post_init__(self) -> None:
-        for field, (low, high) in _RANGES.items():
+        for field, (low, high) in RANGES.items():
             value = getattr(self, field)
             if value is None:
                 continue
             if not math.isfinite(value) or not low <= value <= high:
-                shown = f"{low:g} to {high:g}" if high > 1e6 else f"{low} to {high}"
-                raise bad_value(field, value, shown, hint="snugpt plan --help")
+                raise bad_value(field, value, f"{low:g} to {high:g}", hint="snugpt plan --help")
 
 
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "depth": (1, 1024),
     "layers": (1, 1024),
     "width": (1, 65536),
@@ -83,6 +84,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mlp": (1, 1 << 20),
     "vocab_size": (2, 1 << 24),
     "seq_len": (1, 1 << 24),
+    "batch_size": (1, 1 << 24),
     "total_batch_tokens": (1, 1 << 40),
     "total_tokens": (1, 1 << 60),
     "tokens_per_param": (1e-6, 1e6),
@@ -93,6 +95,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loss_chunk_tokens": (1, 1 << 24),
     "reserve": (0, 1 << 60),
     "dropout": (0.0, 0.99),
+    "learning_rate": (1e-9, 1e3),
+    "matrix_learning_rate": (1e-9, 1e3),
+    "weight_decay": (0.0, 1.0),
+    "warmup_fraction": (0.0, 1.0),
+    "cooldown_fraction": (0.0, 1.0),
+    "clip_norm": (1e-6, 1e3),
     "seed": (0, (1 << 63) - 1),
     "eval_every": (1, 1 << 40),
     "save_every": (1, 1 << 40),
@@ -100,3 +108,56 @@ _RANGES: dict[str, tuple[float, float]] = {
     "prompt_tokens": (1, 1 << 24),
     "max_new_tokens": (1, 1 << 24),
 }
+
+# Other programs' names for our fields, in flags and in config files.
+ALIASES: dict[str, str] = {
+    "max_seq_len": "seq_len",
+    "block_size": "seq_len",
+    "total_batch_size": "total_batch_tokens",
+    "max_iters": "num_iterations",
+    "target_param_data_ratio": "tokens_per_param",
+    "input_file": "input",
+}
+
+TRAINING_ONLY = frozenset(
+    (
+        *("input", "batch_size", "total_batch_tokens", "total_tokens", "tokens_per_param"),
+        *("num_iterations", "hours", "device_batch_size", "grad_accum_steps", "compute_dtype"),
+        *("loss", "loss_chunk_tokens", "checkpoint", "optimizer", "learning_rate"),
+        *("matrix_learning_rate", "weight_decay", "warmup_fraction", "cooldown_fraction"),
+        *("clip_norm", "seed", "eval_every", "save_every"),
+    )
+)
+GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens", "weight_dtype"})
+
+# Of a set only one can be said: each decides what the others would.
+RIVALS: tuple[frozenset[str], ...] = (
+    frozenset({"batch_size", "total_batch_tokens"}),
+    frozenset({"total_tokens", "tokens_per_param", "num_iterations", "hours"}),
+    frozenset({"vocab_size", "byte_tokens"}),
+)
+_DIAL_SETS = frozenset({"layers", "width", "heads", "kv_heads", "mlp"})
+
+
+def overlay(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay what was said louder over what was said lower: flags over a file over a preset.
+
+    A field goes where it is said above, and where a rival of it is: `--total-batch-tokens` replaces
+    a file's batch_size, `--depth` a preset's layers, width and heads.
+    """
+    said = {field for field, value in upper.items() if value is not None}
+    gone = set(said)
+    for rivals in RIVALS:
+        if rivals & said:
+            gone |= rivals
+    if "depth" in said:
+        gone |= _DIAL_SETS
+    kept = {field: value for field, value in lower.items() if field not in gone}
+    return {**kept, **{field: upper[field] for field in upper if field in said}}
+
+
+def said_fields(question: Question) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, in the order of the class."""
+    blank = Question()
+    fields = {name: getattr(question, name) for name in question.__struct_fields__}
+    return {name: value for name, value in fields.items() if value != getattr(blank, name)}

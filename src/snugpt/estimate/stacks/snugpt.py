@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.attending import attention, cached_attention
 from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
+from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.spec.recipe import BYTES
 from snugpt.spec.shape import ModelShape
 
@@ -133,14 +133,9 @@ def head_weight(shape: ModelShape, weights: dict[str, Weight]) -> Weight:
 def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
     """What lies in memory between steps: weights, tables, masks, optimizer state, workspace."""
     shape, runtime, mask_tokens = net.shape, net.runtime, net.seq_len
-    buffers: list[Buffer] = []
-    weight_bytes = FP32 if net.casts_weights else BYTES[net.compute_dtype]
-    for weight in all_weights(shape):
-        name = f"weights: {group_of(weight.name)}"
-        formula = f"parameters·{weight_bytes}"
-        buffers.append(net.fixed(name, "weights", weight.elements * weight_bytes, formula))
-        if optimizer:
-            buffers += _optimizer_state(net, weight, optimizer)
+    buffers = _stored(net, edge_weights(shape), optimizer)
+    for layer, repeats in layer_kinds(shape).items():
+        buffers += _stored(net, layer_weights(shape, layer), optimizer) * repeats
     if shape.style != "gpt2":
         size = shape.context_len * (shape.head_dim // 2) * net.width_bytes
         table = net.fixed("rotary tables", "weights", size, "context·D/2 each")
@@ -154,6 +149,18 @@ def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
     if runtime.device == "cuda":
         buffers.append(_cublas_workspace(net))
     return tuple(buffers)
+
+
+def _stored(net: Net, weights: dict[str, Weight], optimizer: str | None) -> list[Buffer]:
+    """Weights as they are stored, each followed by its optimizer state if there is one."""
+    buffers: list[Buffer] = []
+    width = FP32 if net.casts_weights else BYTES[net.compute_dtype]
+    for weight in weights.values():
+        name, size = f"weights: {group_of(weight.name)}", weight.elements * width
+        buffers.append(net.fixed(name, "weights", size, f"parameters·{width}"))
+        if optimizer:
+            buffers += _optimizer_state(net, weight, optimizer)
+    return buffers
 
 
 def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:

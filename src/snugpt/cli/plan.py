@@ -1,0 +1,80 @@
+"""`snugpt plan`: what fits, how fast, which settings and why."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snugpt.cli.options import QuestionCommand, question_from, question_options
+from snugpt.cli.screen import colour, print_plan
+from snugpt.errors import DoesNotFitError
+from snugpt.planner.answer import MOST_ALTERNATIVES, answer
+from snugpt.planner.horizon import CorpusSize
+from snugpt.spec.host import default_cache_folder
+from snugpt.spec.plan import Plan, encode_plan
+from snugpt.spec.question import Question
+from snugpt.units import gib
+
+
+@click.command(cls=QuestionCommand)
+@click.option("--json", "as_json", is_flag=True, help="The whole plan, one JSON object on stdout.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write the plan there, for `snugpt train FILE`.",
+)  # fmt: skip
+@question_options()
+def plan(as_json: bool, output: Path | None, **flags: Any) -> None:
+    """Say what fits: settings, memory, speed, and why. No GPU and no torch is needed.
+
+    What you pin stays; what you leave out is chosen. Exit code 3: it does not fit.
+
+    \b
+    Examples:
+      snugpt plan --gpu rtx-4090 --depth 12
+      snugpt plan --gpu gtx-1070 --task generate --preset 150M
+    """
+    whole = as_json or output is not None
+    made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 1)
+    if as_json:
+        sys.stdout.write(encode_plan(made).decode())
+    else:
+        print_plan(made)
+    if not made.fits:
+        raise does_not_fit(made)
+    if output is not None:
+        from snugpt.data.durable_file import write_durably
+
+        write_durably(output, encode_plan(made))
+        click.echo(f"written to {output}", err=True, color=colour())
+
+
+def planned(question: Question, num_alternatives: int = MOST_ALTERNATIVES) -> Plan:
+    """Return the plan of a question, its text measured if it names one.
+
+    The screen shows one alternative, a plan on disk has more.
+
+    Raises:
+        BadQuestionError: the question or its text won't do.
+    """
+    if question.input is None or question.task == "generate":
+        return answer(question, num_alternatives=num_alternatives)
+    from snugpt.data.corpus import measure_corpus
+
+    measured = measure_corpus(question.input, default_cache_folder())
+    size = CorpusSize(num_bytes=measured.num_bytes, num_characters=measured.num_characters)
+    return answer(question, corpus=size, num_alternatives=num_alternatives)
+
+
+def does_not_fit(made: Plan) -> DoesNotFitError:
+    """The error of a plan that does not fit; its hint is the nearest one that does."""
+    memory = made.memory
+    largest = max(memory.terms, key=lambda term: term.bytes)
+    return DoesNotFitError(
+        f"does not fit on {made.gpu.name}: process up to {gib(memory.process_bytes.high)} of"
+        f" {gib(memory.capacity_bytes)}; peak in {memory.peak_phase}, largest {largest.name}"
+        f" {gib(largest.bytes)}",
+        hint=made.alternatives[0].command if made.alternatives else "snugpt gpus",
+    )

@@ -1,0 +1,99 @@
+"""`snugpt train`: plan if there is no plan yet, run it, print the receipt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snugpt.cli.options import QuestionCommand, question_from, question_options
+from snugpt.cli.plan import planned
+from snugpt.cli.screen import print_plan
+from snugpt.errors import BadQuestionError
+from snugpt.spec.host import default_cache_folder, default_ledger_folder
+from snugpt.spec.plan import Plan, read_plan
+from snugpt.spec.question import GENERATION_ONLY, Question
+
+LEFT_OUT = ("task", "model", *GENERATION_ONLY)
+
+
+@click.command(cls=QuestionCommand)
+@click.argument("plan_file", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--name", "--model-name", "--run", "name", metavar="NAME",
+    help="Name of the run under runs/; the same name goes on where it stopped.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The measurement as one JSON object.")
+@question_options(leave_out=LEFT_OUT)
+def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any) -> None:
+    """Train by a plan.json, or by flags, which are planned first. A run that exists goes on.
+
+    Ctrl-C and SIGTERM save and say how to go on. The text is --input, or the one built in.
+
+    \b
+    Examples:
+      snugpt train plan.json
+      snugpt train --layers 4 --width 192 --heads 3 --seq-len 256 --num-iterations 200
+    """
+    given = {field: value for field, value in flags.items() if value is not None}
+    if plan_file is not None and given:
+        field = next(iter(given))
+        raise BadQuestionError(
+            f"{field} can't be changed in a plan that is made", hint="snugpt plan --help"
+        )
+    if plan_file is not None:
+        plan = read_plan(plan_file)
+    else:
+        plan = planned(_with_text(question_from(flags)))
+        if not as_json:
+            print_plan(plan)
+            click.echo()
+    run_training(plan, name, as_json=as_json)
+
+
+def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> None:
+    """Train a plan with its progress on stderr and its receipt on stdout."""
+    from snugpt.cli.training_screen import TrainingScreen, receipt_lines
+    from snugpt.run.run_folder import folder_for
+    from snugpt.run.train import train as train_plan
+
+    folder = folder_for(plan, name)
+    argv = ("snugpt", *sys.argv[1:])
+    click.echo(f"run   {folder.path}\nargv  {' '.join(argv)}", err=True)
+    screen = TrainingScreen(plan.memory.capacity_bytes)
+    try:
+        result = train_plan(
+            plan, folder, cache_dir=default_cache_folder(), ledger_folder=default_ledger_folder(),
+            argv=argv, watcher=screen,
+        )  # fmt: skip
+    finally:
+        screen.close()
+    run = folder.path.name
+    if result.interrupted_by is not None and not result.finished:
+        click.echo(
+            f"{result.interrupted_by}: saved after step {result.steps}; go on with\n"
+            f"  snugpt train {folder.plan_file} --name {run}",
+            err=True,
+        )
+    if as_json and result.measurement is not None:
+        import msgspec
+
+        click.echo(msgspec.json.encode(result.measurement).decode())
+    elif result.measurement is not None:
+        for line in receipt_lines(result.measurement):
+            click.echo(line)
+    elif result.finished:
+        click.echo(f"{folder.path} has been trained to its end already", err=True)
+    if result.finished:
+        click.echo(f"generate with: snugpt generate {run} --prompt 'The '", err=True)
+
+
+def _with_text(question: Question) -> Question:
+    """The question with the built-in text where none is named."""
+    if question.input is not None:
+        return question
+    import msgspec
+
+    return msgspec.structs.replace(question, input="builtin")

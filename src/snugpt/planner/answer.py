@@ -1,0 +1,242 @@
+"""The one entry of the planner: from a Question to a Plan."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from snugpt.errors import BadQuestionError
+from snugpt.estimate.memory import runtime_of, timeline_of
+from snugpt.estimate.parameters import num_parameters, parameter_groups
+from snugpt.estimate.speed import speed_estimate
+from snugpt.planner.command import command_line
+from snugpt.planner.draft import MOST_EPOCHS, Draft, draft
+from snugpt.planner.explain import ladder, rejections, training_reasons
+from snugpt.planner.generating import largest_batch
+from snugpt.planner.horizon import CorpusSize, corpus_tokens
+from snugpt.planner.machine import CPU_ID, Machine, machine_for
+from snugpt.planner.search import Choice, choose
+from snugpt.planner.subject import SHORTEST_CONTEXT
+from snugpt.spec.catalogue import catalogue
+from snugpt.spec.plan import (
+    Alternative,
+    DataEstimate,
+    HostEstimate,
+    Parameters,
+    Plan,
+    SpeedEstimate,
+)
+from snugpt.spec.question import Question
+from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
+from snugpt.units import GIB, gib
+
+KEPT_CHECKPOINTS = 2
+SHARDS = 2  # our own: one file of tokens to train on, one to validate
+GPU_HOST_BYTES = int(2.5 * GIB)  # resident with CUDA's libraries loaded; assumed
+MOST_ALTERNATIVES = 3
+DEFAULT_WHEELS = "default wheels"
+
+
+def plan(*, corpus: CorpusSize | None = None, **fields: Any) -> Plan:
+    """Return the plan for a Question's fields: `plan(gpu="rtx-4090", depth=12)`.
+
+    `corpus` is the length of the text named by `input`, where that is known.
+
+    Raises:
+        BadQuestionError: a field is unknown, of another type, or out of range.
+    """
+    return answer(question_of(fields), corpus=corpus)
+
+
+def question_of(fields: dict[str, Any]) -> Question:
+    """Return a checked Question from fields by name.
+
+    Raises:
+        BadQuestionError: a field is unknown, of another type, or out of range.
+    """
+    from snugpt.spec.config_file import checked_question
+
+    return checked_question(fields, where="plan")
+
+
+def answer(
+    question: Question,
+    *,
+    machine: Machine | None = None,
+    corpus: CorpusSize | None = None,
+    num_alternatives: int = MOST_ALTERNATIVES,
+) -> Plan:
+    """Return the plan: what was chosen, why, what else there is; `fits` says if it fits.
+
+    `machine` is the one to plan for where it is known already, else the question's `gpu` or this
+    machine. The same question, machine and corpus give the same plan. Each alternative is a search
+    and a simulation of its own; `num_alternatives` says how many are wanted at most.
+
+    Raises:
+        BadQuestionError: the question can't be answered as asked.
+    """
+    machine = machine or machine_for(question.gpu)
+    asked = _named(question, machine)
+    made = draft(asked, machine, corpus)
+    choice = choose(made.found, made.asked, made.shape, machine)
+    training = isinstance(choice.recipe, TrainingRecipe)
+    groups: dict[str, int] = {str(k): n for k, n in parameter_groups(made.shape).items()}
+    return Plan(
+        fits=choice.memory.fits,
+        question=_kept(question, made),
+        stack=question.stack,
+        command=command_line(asked),
+        gpu=machine.gpu,
+        shape=made.shape,
+        parameters=Parameters(total=sum(groups.values()), groups=groups),
+        recipe=choice.recipe,
+        reasons=training_reasons(made, choice) if training else _generation_reasons(made),
+        memory=choice.memory,
+        speed=_speed(made, choice),
+        data=_data(made) if training else None,
+        host=_host(made, choice),
+        alternatives=_alternatives(made, choice, num_alternatives),
+        rejected=rejections(made, choice) if training else (),
+        ladder=ladder(made) if training else (),
+        notes=_notes(made, choice),
+    )
+
+
+def _named(question: Question, machine: Machine) -> Question:
+    """The question with its card's id, so that its command says the same on any machine."""
+    known = machine.gpu.id == CPU_ID or machine.gpu.id in catalogue()
+    return msgspec.structs.replace(question, gpu=machine.gpu.id) if known else question
+
+
+def _kept(question: Question, made: Draft) -> Question:
+    """The question as it was said; a run must know that its tokens are bytes."""
+    if made.question.byte_tokens and question.model is None:
+        return msgspec.structs.replace(question, byte_tokens=True, vocab_size=None)
+    return question
+
+
+def _speed(made: Draft, choice: Choice) -> SpeedEstimate:
+    machine = made.machine
+    return speed_estimate(
+        made.shape,
+        choice.recipe,
+        machine.gpu,
+        measured_flops_per_s=machine.measured_flops_per_s,
+    )
+
+
+def _generation_reasons(made: Draft) -> dict[str, str]:
+    (only,) = made.found
+    assert isinstance(only.recipe, GenerationRecipe)
+    reasons = {}
+    if made.asked.weight_dtype is None:
+        has = "has" if only.recipe.weight_dtype == "bf16" else "has no"
+        reasons["weight_dtype"] = f"{made.machine.gpu.name} {has} bf16"
+    for field in ("batch", "prompt_tokens", "max_new_tokens"):
+        if getattr(made.asked, field) is None:
+            reasons[field] = "default"
+    return reasons
+
+
+def _data(made: Draft) -> DataEstimate:
+    tokens = made.tokens.tokens
+    if made.corpus is None:
+        return DataEstimate(tokens=tokens)
+    return DataEstimate(
+        tokens=tokens,
+        characters=made.corpus.num_characters,
+        shards=SHARDS,
+        epochs=tokens / corpus_tokens(made.question, made.corpus),
+    )
+
+
+def _host(made: Draft, choice: Choice) -> HostEstimate:
+    """RAM, disk and one checkpoint: weights in fp32 with the optimizer's state beside them."""
+    recipe, machine = choice.recipe, made.machine
+    runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
+    resident = timeline_of(made.shape, recipe, runtime).resident
+    state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
+    checkpoint_bytes = 4 * num_parameters(made.shape) + state
+    disk = checkpoint_bytes
+    if isinstance(recipe, TrainingRecipe):
+        disk *= KEPT_CHECKPOINTS
+        if made.corpus is not None:
+            width = 2 if made.shape.vocab_size <= 1 << 16 else 4
+            disk += width * corpus_tokens(made.question, made.corpus)
+    on_cpu = machine.gpu.backend == "cpu"
+    ram = choice.memory.process_bytes.high if on_cpu else GPU_HOST_BYTES
+    return HostEstimate(ram_bytes=ram, disk_bytes=disk, checkpoint_bytes=checkpoint_bytes)
+
+
+def _alternatives(made: Draft, choice: Choice, most: int) -> tuple[Alternative, ...]:
+    if not choice.memory.fits:
+        from snugpt.planner.nearest import nearest  # spares the import where all is well
+
+        steps = islice(nearest(made), max(2, most))
+        return tuple(_alternative(change, other, fit) for change, other, fit in steps)
+    if isinstance(choice.recipe, GenerationRecipe):
+        return ()
+    found = []
+    keep = {"depth": made.question.depth} if made.depth_rule is not None else {}
+    for change, fields in _variations(made, choice.recipe)[:most]:
+        try:
+            other = draft(
+                msgspec.structs.replace(made.asked, **keep, **fields), made.machine, made.corpus
+            )
+        except BadQuestionError:  # half a context may not divide a pinned total
+            continue
+        if other.fitting:
+            fit = choose(other.found, other.asked, other.shape, other.machine)
+            found += [_alternative(change, other, fit)] if fit.memory.fits else []
+    return tuple(found)
+
+
+def _variations(made: Draft, recipe: TrainingRecipe) -> list[tuple[str, dict[str, Any]]]:
+    """Other plans worth a look: the other way to checkpoint, half the context."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if made.asked.checkpoint is None:
+        other = "none" if recipe.checkpoint == "blocks" else "blocks"
+        found.append((f"checkpoint {other}", {"checkpoint": other}))
+    half = recipe.seq_len // 2
+    if made.asked.seq_len is None and half >= SHORTEST_CONTEXT:
+        found.append((f"seq_len {half}", {"seq_len": half}))
+    return found
+
+
+def _alternative(change: str, other: Draft, choice: Choice) -> Alternative:
+    return Alternative(
+        change=change,
+        recipe=choice.recipe,
+        memory=choice.memory,
+        speed=_speed(other, choice),
+        command=command_line(other.asked),
+    )
+
+
+def _notes(made: Draft, choice: Choice) -> tuple[str, ...]:
+    machine, gpu = made.machine, made.machine.gpu
+    notes = []
+    if gpu.pytorch and not gpu.pytorch.startswith(DEFAULT_WHEELS):
+        notes.append(f"PyTorch for {gpu.name}: {gpu.pytorch}")
+    if gpu.backend == "mps":
+        notes.append("Apple GPUs are untested: predicted by CUDA's rules without flash attention")
+    if gpu.backend == "cuda":
+        notes.append("predicted; there is no record from a GPU yet")
+        taken = gpu.usable_bytes - machine.capacity_bytes
+        if taken > 0:
+            notes.append(f"{gib(taken)} of the card are in use by others now")
+    if "usable_bytes" in gpu.recalled:
+        notes.append(f"the memory of {gpu.name} is recalled, not read from a source")
+    if made.corpus is not None:
+        epochs = made.tokens.tokens / corpus_tokens(made.question, made.corpus)
+        if epochs > MOST_EPOCHS:
+            notes.append(
+                f"the text is read about {epochs:.0f} times;"
+                f" past {MOST_EPOCHS:g} repeats teach little"
+            )
+    if isinstance(choice.recipe, GenerationRecipe) and choice.memory.fits:
+        largest = largest_batch(choice.recipe, made.asked, made.shape, machine)
+        notes.append(f"up to {largest:,} sequences of these lengths fit at once")
+    return tuple(notes)

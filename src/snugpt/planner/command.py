@@ -1,0 +1,37 @@
+"""Questions as command lines: what is said again gives the same plan."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from snugpt.spec.question import Question, said_fields
+from snugpt.units import GIB
+
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+
+
+def command_line(question: Question, **changes: Any) -> str:
+    """Return `snugpt plan` with one flag for each field that is said, `changes` put in first."""
+    words = ["snugpt plan"]
+    for field, value in said_fields(msgspec.structs.replace(question, **changes)).items():
+        words.append(flag(field, value))
+    return " ".join(words)
+
+
+def flag(field: str, value: Any) -> str:
+    """Return the flag of a field with its value, as a shell reads it."""
+    name = "--" + field.replace("_", "-")
+    if isinstance(value, bool):
+        return name if value else name.replace("--", "--no-", 1)
+    if field == "reserve":
+        return f"{name} {value / GIB:.12g}"
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
+    return f"{name} {_quoted(text)}"
+
+
+def _quoted(text: str) -> str:
+    """Quote as `shlex.quote` does, without importing it."""
+    return text if _PLAIN.fullmatch(text) else "'" + text.replace("'", "'\"'\"'") + "'"

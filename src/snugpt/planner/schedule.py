@@ -1,0 +1,67 @@
+"""Rates, decay and intervals where nothing is pinned; every number of the schedule is here."""
+
+from __future__ import annotations
+
+from snugpt.errors import bad_value
+from snugpt.planner.command import command_line
+from snugpt.spec.question import Question
+from snugpt.spec.recipe import Optimizer, Schedule
+from snugpt.spec.shape import ModelShape
+
+MUON_LEARNING_RATE = 0.02  # for the matrices (nanochat)
+# For what AdamW trains, at width 768; falls with the square root of the width (nanochat, gpt.py).
+LEARNING_RATE: dict[Optimizer, float] = {"muon": 3e-3, "adamw": 1e-3}
+REFERENCE_WIDTH = 768
+WEIGHT_DECAY = 0.1
+WARMUP_FRACTION = 0.02
+COOLDOWN_FRACTION = 0.5
+FINAL_FRACTION = 0.05
+CLIP_NORM = 1.0
+SEED = 1337
+EVALUATIONS = 10  # per run
+MOST_EVAL_TOKENS = 2**19
+# An evaluation costs a third of training on its tokens: ten of this share make 5 % of the run.
+EVAL_SHARE = 64
+
+
+def schedule_for(
+    question: Question,
+    shape: ModelShape,
+    optimizer: Optimizer,
+    *,
+    num_steps: int,
+    total_tokens: int,
+    seq_len: int,
+) -> Schedule:
+    """Return the schedule of a run of `num_steps` steps, pinned fields as they are.
+
+    Raises:
+        BadQuestionError: warm-up and cool-down together are longer than the run.
+    """
+    warmup = _or(question.warmup_fraction, WARMUP_FRACTION)
+    cooldown = _or(question.cooldown_fraction, COOLDOWN_FRACTION)
+    if warmup + cooldown > 1.0:
+        raise bad_value(
+            "warmup_fraction", warmup, f"at most {1 - cooldown:g} beside the cool-down",
+            hint=command_line(question, warmup_fraction=None, cooldown_fraction=None),
+        )  # fmt: skip
+    width_factor = (REFERENCE_WIDTH / shape.model_dim) ** 0.5
+    every = max(1, num_steps // EVALUATIONS)
+    eval_tokens = min(MOST_EVAL_TOKENS, total_tokens // EVAL_SHARE)
+    return Schedule(
+        learning_rate=_or(question.learning_rate, LEARNING_RATE[optimizer] * width_factor),
+        matrix_learning_rate=_or(question.matrix_learning_rate, MUON_LEARNING_RATE),
+        weight_decay=_or(question.weight_decay, WEIGHT_DECAY),
+        warmup_fraction=warmup,
+        cooldown_fraction=cooldown,
+        final_fraction=FINAL_FRACTION,
+        clip_norm=_or(question.clip_norm, CLIP_NORM),
+        seed=SEED if question.seed is None else question.seed,
+        eval_every_steps=question.eval_every or every,
+        eval_tokens=max(seq_len, eval_tokens // seq_len * seq_len),
+        save_every_steps=question.save_every or every,
+    )
+
+
+def _or(pinned: float | None, default: float) -> float:
+    return default if pinned is None else pinned

@@ -1,0 +1,200 @@
+"""The search: every set of exact levers with its step time and its bytes, and the best that fits.
+
+A shape is walked once per set of levers; each batch size is then arithmetic. Only what is chosen is
+simulated and printed. Should the simulation disagree, the next best is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, get_args
+
+import msgspec
+
+from snugpt.errors import BadQuestionError
+from snugpt.estimate.memory import (
+    highest_process_bytes,
+    memory_estimate,
+    peak_bytes,
+    runtime_of,
+)
+from snugpt.estimate.speed import step_time_s, training_rate
+from snugpt.planner.command import command_line
+from snugpt.planner.horizon import Amount
+from snugpt.planner.machine import Machine
+from snugpt.planner.schedule import schedule_for
+from snugpt.planner.subject import seq_len_of
+from snugpt.spec.memory import MemoryEstimate
+from snugpt.spec.question import Objective, Question
+from snugpt.spec.recipe import Checkpoint, ComputeDtype, Recipe, TrainingRecipe
+from snugpt.spec.shape import ModelShape
+from snugpt.units import GIB, MIB
+
+FIRST_BF16 = (8, 0)  # CUDA capability of Ampere
+CHUNK_BYTES = 128 * MIB  # fp32 logits of one chunk of the loss
+SMALLEST_CHUNK_TOKENS = 64
+TIE_SHARE = 0.001  # step times nearer than this are equal: the estimate is not that sharp
+LARGEST_ESTIMATE_BYTES = 2**60
+
+
+class Candidate(NamedTuple):
+    """One set of levers: its recipe, the process bytes it may come to, the seconds of a step."""
+
+    recipe: Recipe
+    process_bytes: int
+    step_s: float
+
+
+class Choice(NamedTuple):
+    """What was chosen, with its whole estimate."""
+
+    recipe: Recipe
+    memory: MemoryEstimate
+    step_s: float
+
+
+def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
+    """Return the dtype of the arithmetic: bf16 on CUDA 8.0 and up, else fp32; or what is pinned.
+
+    Raises:
+        BadQuestionError: bf16 is pinned and the device has none.
+    """
+    pinned = question.compute_dtype if question.task == "train" else question.weight_dtype
+    capability = machine.gpu.capability
+    if capability is not None and capability >= FIRST_BF16:
+        return pinned or "bf16"
+    if pinned == "bf16":
+        field = "compute_dtype" if question.task == "train" else "weight_dtype"
+        raise BadQuestionError(
+            f"{field} = 'bf16' is not allowed: {machine.gpu.name} has no bf16, CUDA capability 8.0"
+            " and up have",
+            hint=command_line(question, **{field: "fp32"}),
+        )
+    return "fp32"
+
+
+def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> int:
+    """Return the tokens of one chunk of the loss: the power of two whose logits take 128 MiB.
+
+    At most one sequence, at least 64 tokens. Vocabulary 32768, fp32: 1024 tokens.
+    """
+    if question.loss_chunk_tokens is not None:
+        return question.loss_chunk_tokens
+    highest = min(CHUNK_BYTES // (4 * shape.padded_vocab_size), seq_len)
+    return max(SMALLEST_CHUNK_TOKENS, 1 << max(0, highest.bit_length() - 1))
+
+
+def candidates(
+    question: Question, shape: ModelShape, machine: Machine, batch: Amount, tokens: Amount
+) -> tuple[Candidate, ...]:
+    """Return every allowed set of levers of a settled question, the largest batch first."""
+    base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
+    measured = machine.measured_flops_per_s
+    rate = training_rate(machine.gpu, base.compute_dtype, measured).flops_per_s.expected
+    found = []
+    for checkpoint, device_batch, steps in _lever_sets(question, base):
+        recipe = msgspec.structs.replace(
+            base, checkpoint=checkpoint, device_batch_size=device_batch, grad_accum_steps=steps
+        )
+        runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
+        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime)
+        step_s = step_time_s(shape, recipe, machine.gpu, rate)
+        found.append(Candidate(recipe, process_bytes, step_s))
+    return tuple(found)
+
+
+def choose(
+    found: tuple[Candidate, ...], question: Question, shape: ModelShape, machine: Machine
+) -> Choice:
+    """Return the best of `found` that fits by its whole estimate; else the smallest of them.
+
+    Raises:
+        BadQuestionError: even the smallest is beyond any machine.
+    """
+    capacity = machine.capacity_bytes - question.reserve
+    fitting = [each for each in found if each.process_bytes <= capacity]
+    while fitting:
+        best = best_of(fitting, question.objective)
+        memory = estimate(best.recipe, question, shape, machine)
+        if memory.fits:
+            return Choice(best.recipe, memory, best.step_s)
+        fitting.remove(best)
+    smallest = min(found, key=lambda each: (each.process_bytes, each.step_s))
+    if smallest.process_bytes > LARGEST_ESTIMATE_BYTES:
+        raise BadQuestionError(
+            f"the model and one batch need {smallest.process_bytes / GIB:.3g} GiB,"
+            " more than any machine",
+            hint="snugpt plan --depth 12",
+        )
+    memory = estimate(smallest.recipe, question, shape, machine)
+    return Choice(smallest.recipe, memory, smallest.step_s)
+
+
+def best_of(fitting: list[Candidate], objective: Objective) -> Candidate:
+    """Return the fastest (of those within a thousandth the smallest), or the smallest."""
+    if objective == "memory":
+        return min(fitting, key=lambda each: (each.process_bytes, each.step_s))
+    fastest = min(each.step_s for each in fitting)
+    tied = [each for each in fitting if each.step_s <= fastest * (1 + TIE_SHARE)]
+    return min(tied, key=lambda each: (each.process_bytes, each.step_s))
+
+
+def estimate(
+    recipe: Recipe, question: Question, shape: ModelShape, machine: Machine
+) -> MemoryEstimate:
+    """The whole estimate of a recipe on a machine, with the question's reserve."""
+    return memory_estimate(
+        shape,
+        recipe,
+        machine.gpu,
+        num_threads=machine.num_threads,
+        reserve_bytes=question.reserve,
+        capacity_bytes=machine.capacity_bytes,
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, largest first."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)}, reverse=True)
+
+
+def _lever_sets(question: Question, base: TrainingRecipe) -> Iterator[tuple[Checkpoint, int, int]]:
+    """Yield (checkpoint, device batch, accumulation); what is pinned has one value."""
+    rows = base.total_batch_tokens // base.seq_len
+    if question.device_batch_size is not None:
+        batches = [question.device_batch_size]
+    elif question.grad_accum_steps is not None:
+        batches = [rows // question.grad_accum_steps]
+    else:
+        batches = divisors(rows)
+    pinned = question.checkpoint
+    every: tuple[Checkpoint, ...] = get_args(Checkpoint) if pinned is None else (pinned,)
+    for checkpoint in every:
+        for batch in batches:
+            yield checkpoint, batch, rows // batch
+
+
+def _base_recipe(
+    question: Question, shape: ModelShape, machine: Machine, batch: int, tokens: int
+) -> TrainingRecipe:
+    """The recipe with every field that is not searched; its batch is one sequence."""
+    seq_len = seq_len_of(question)
+    optimizer = question.optimizer or "muon"
+    schedule = schedule_for(
+        question, shape, optimizer,
+        num_steps=-(-tokens // batch), total_tokens=tokens, seq_len=seq_len,
+    )  # fmt: skip
+    return TrainingRecipe(
+        seq_len=seq_len,
+        device_batch_size=1,
+        grad_accum_steps=batch // seq_len,
+        total_batch_tokens=batch,
+        total_tokens=tokens,
+        compute_dtype=compute_dtype(question, machine),
+        loss=question.loss or "chunked",
+        loss_chunk_tokens=loss_chunk_tokens(question, shape, seq_len),
+        checkpoint="none",
+        optimizer=optimizer,
+        schedule=schedule,
+    )

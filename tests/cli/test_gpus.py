@@ -1,0 +1,74 @@
+"""`snugpt gpus`: the catalogue as a table, filtered, and one card whole with its sources."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from snugpt.cli.main import run
+from snugpt.spec.catalogue import catalogue
+from snugpt.units import GIB
+
+HEAD, FOOT = 1, 1
+
+
+def _lines(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    assert run(["gpus", *flags]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_card_has_a_row_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _lines(capsys)
+    assert [line.split()[0] for line in lines[HEAD:-FOOT]] == list(catalogue())
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_recalled_figure_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {line.split()[0]: line.split() for line in _lines(capsys)[HEAD:-FOOT]}
+    for gpu in catalogue().values():
+        row = rows[gpu.id]
+        assert row[1].startswith("~") == ("usable_bytes" in gpu.recalled)
+        assert row[2].startswith("~") == ("bandwidth_bytes_per_s" in gpu.recalled)
+        assert row[4].startswith("~") == ("flops" in gpu.recalled)
+
+
+def test_filters_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--min-memory", "24", "--capability", "8.9", "--backend", "cuda", "--json"]
+    assert run(["gpus", *flags]) == 0
+    found = {gpu["id"] for gpu in json.loads(capsys.readouterr().out)["gpus"]}
+    expected = {
+        gpu.id
+        for gpu in catalogue().values()
+        if gpu.usable_bytes >= 24 * GIB and gpu.backend == "cuda" and gpu.capability >= (8, 9)
+    }
+    assert found == expected != set()
+
+
+def test_a_search_finds_words_in_names(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [line.split()[0] for line in _lines(capsys, "--search", "RTX 30")[HEAD:-FOOT]]
+    assert found == [name for name in catalogue() if name.startswith("rtx-30")]
+
+
+def test_one_card_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(_lines(capsys, "4090"))
+    card = catalogue()["rtx-4090"]
+    assert all(source in text for source in card.sources)
+    assert card.date in text
+    assert run(["gpus", "rtx 4090", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"] == list(card.sources)
+
+
+def test_nothing_found_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["gpus", "--min-memory", "9999"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "no card matches" in printed.err
+
+
+@pytest.mark.parametrize(
+    "flags", [["rtx-4091"], ["--capability", "eight"], ["--min-memory", "nan"], ["--backend", "x"]]
+)
+def test_bad_filters_exit_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["gpus", *flags]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2

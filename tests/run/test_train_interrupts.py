@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM at any stage: the run is saved, says what ended it, and goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+from test_train_kills import STEPS, assert_same_run
+from tiny_plan import Seen, run_tiny, tiny_plan, write_text
+
+import snugpt.run.train as training
+
+
+@pytest.fixture(autouse=True)
+def _every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "LOG_EVERY_S", 0.0)
+
+
+def after(number: int, call: Callable, name: str) -> Callable:
+    """The call, with a signal to this process after its `number`-th time."""
+    left = number
+
+    def signalled(*arguments, **named):
+        nonlocal left
+        result = call(*arguments, **named)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.Signals[name])
+        return result
+
+    return signalled
+
+
+# What is called when the signal comes, how often before, and the step that is saved then.
+STAGES = {
+    "preparing": ("snugpt.data.prepare._encode", 1, 0),
+    "building": ("snugpt.run.train.build", 1, 0),
+    "first step": ("snugpt.model.gpt.GPT.loss", 1, 1),
+    "metered step": ("snugpt.model.gpt.GPT.loss", 3, 2),
+    "step": ("snugpt.model.gpt.GPT.loss", 9, 5),
+    "evaluation": ("snugpt.run.evaluate.evaluate_batch", 5, 6),  # one metered, three of step 3
+    "save": ("snugpt.run.train.save_checkpoint", 2, 4),
+    "last step": ("snugpt.model.gpt.GPT.loss", 2 * STEPS, STEPS),
+    "last evaluation": ("snugpt.run.evaluate.evaluate_batch", 11, STEPS),
+}
+
+
+@pytest.mark.parametrize(("style", "name"), [("nanochat", "SIGINT"), ("gpt2", "SIGTERM")])
+def test_a_run_stopped_at_every_stage_saves_and_goes_on_exactly(
+    tmp_path: Path, style, name: str
+) -> None:
+    plan = tiny_plan(write_text(tmp_path / "text.txt"), style, steps=STEPS)
+    whole = run_tiny(plan, tmp_path / "whole" / "run").folder
+    for stage, (target, number, steps) in STAGES.items():
+        path = tmp_path / stage.replace(" ", "-") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target, after(number, resolve_name(target), name))
+            stopped = run_tiny(plan, path)
+        assert (stopped.interrupted_by, stopped.steps) == (name, steps), stage
+        assert (stopped.folder.checkpoints / f"step-{steps:08d}").is_dir(), stage
+        seen = Seen()
+        resumed = run_tiny(plan, path, seen)
+        assert resumed.interrupted_by is None
+        assert resumed.finished
+        assert len(seen.of(training.StepReport)) == STEPS - steps, stage
+        assert resumed.bits_per_byte is not None
+        assert_same_run(resumed.folder, whole, state=steps < STEPS)
