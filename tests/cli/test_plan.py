@@ -1,4 +1,4 @@
-"""`snugpt plan`: one JSON object with stable keys, one screen of 80 columns, flags by field name."""
+"""`snugpt plan`: one JSON object with stable keys, one screen of 80 columns, flags by field."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_the_api_is_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    snugpt = f"{sys.executable} -m snugpt.cli.main"
+    snugpt = f"{sys.executable} -c 'from snugpt.cli.main import main; main()'"
     return subprocess.run(
         ["bash", "-c", line.replace("snugpt", snugpt)],
         capture_output=True, text=True, timeout=60, env={**os.environ, **environment},
@@ -194,7 +194,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 
 def test_colour_is_for_terminals_and_a_poor_terminal_gets_question_marks() -> None:
-    done = _shell("snugpt plan --gpu t4 --depth 4", PYTHONIOENCODING="ascii")
+    done = _shell("snugpt plan --gpu t4 --depth 4", PYTHONIOENCODING="latin-1")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert "?" in done.stdout

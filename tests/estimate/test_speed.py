@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_questions import levers, question
 
+from snugpt.estimate.flops import executed_flops_per_token
 from snugpt.estimate.speed import dense_rate, speed_estimate, step_time_s, training_rate
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.recipe import GenerationRecipe, Recipe
@@ -107,3 +108,12 @@ def test_decoding_a_small_batch_is_paced_by_bandwidth() -> None:
     base = speed_estimate(shape, recipe, CARD).step_s
     assert speed_estimate(shape, recipe, faster(CARD, compute=4)).step_s == base
     assert speed_estimate(shape, recipe, faster(CARD, bandwidth=2)).step_s < 0.85 * base
+
+
+def test_a_large_step_takes_the_time_of_its_arithmetic() -> None:
+    shape, recipe, _ = question({"style": "nanochat", "depth": 12, "seq_len": 1024})
+    large = msgspec.structs.replace(
+        recipe, device_batch_size=512, total_batch_tokens=512 * recipe.total_batch_tokens
+    )
+    arithmetic_s = executed_flops_per_token(shape, large) * large.total_batch_tokens / 4e13
+    assert arithmetic_s < step_time_s(shape, large, CARD, 4e13) < 1.05 * arithmetic_s

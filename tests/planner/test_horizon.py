@@ -13,7 +13,7 @@ from snugpt.spec.plan import Plan
 from snugpt.spec.question import Question
 from snugpt.spec.recipe import TrainingRecipe
 
-# scripts/base_train.py of nanochat, July 2026: 12 x (matrices + lm_head), the figures its models print
+# nanochat, July 2026: 12 x (matrices + lm_head), the counts its models print
 NANOCHAT_TOKENS = {12: 12 * 110_100_912, 20: 12 * 435_160_240, 24: 12 * 729_810_624}
 MEGABYTE = CorpusSize(num_bytes=1_000_000, num_characters=990_000)
 
@@ -42,7 +42,8 @@ def test_the_batch_of_the_dial_is_nanochats_power_of_two(depth: int, exponent: i
 @pytest.mark.parametrize("preset", ["tiny", "150M", "200M_1024"])
 def test_a_presets_batch_is_its_sequences_times_its_context(preset: str) -> None:
     question = settled(Question(preset=preset))
-    assert question.batch_size is not None and question.seq_len is not None
+    assert question.batch_size is not None
+    assert question.seq_len is not None
     shape = shape_of(question, question.layers or 1, None)
     assert batch_tokens(question, shape).tokens == question.batch_size * question.seq_len
 
@@ -52,9 +53,8 @@ def test_a_short_text_shrinks_the_batch_so_that_200_steps_are_left() -> None:
     tokens = 1_000_000 / 3.2
     assert _recipe(made).total_batch_tokens == 1024  # the power of two below tokens / 200
     assert tokens / _recipe(made).total_batch_tokens >= 200
-    assert made.data is not None and made.data.epochs == pytest.approx(
-        made.speed.total_tokens / tokens, rel=1e-4
-    )
+    assert made.data is not None
+    assert made.data.epochs == pytest.approx(made.speed.total_tokens / tokens, rel=1e-4)
 
 
 def test_a_batch_that_was_said_is_not_shrunk() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -142,9 +143,29 @@ def test_pinned_levers_are_released_before_the_model_shrinks() -> None:
     assert made.alternatives[0].command == "snugpt plan --gpu rtx-4090 --depth 12 --checkpoint none"
 
 
-def test_the_context_is_halved_before_the_model_shrinks() -> None:
-    made = plan(gpu="gtx-1060-6gb", depth=10, checkpoint="none", seq_len=None, optimizer="adamw")
-    assert made.fits or "seq_len" in made.alternatives[0].change
+def test_the_context_is_halved_before_the_model_shrinks_unless_it_is_pinned() -> None:
+    made = plan(gpu="t4", depth=19)
+    assert (made.fits, made.alternatives[0].change) == (False, "seq_len 1024")
+    assert made.alternatives[1].change.startswith("depth")
+    assert plan(gpu="t4", depth=19, seq_len=2048).alternatives[0].change.startswith("depth")
+
+
+@pytest.mark.parametrize("fields", FITTING)
+def test_each_rung_of_the_ladder_buys_bytes_with_time(fields: dict[str, Any]) -> None:
+    ladder = plan(**fields).ladder
+    assert (ladder[0].bytes_saved, ladder[0].time_factor) == (0, 1.0)
+    for upper, lower in pairwise(ladder):
+        assert lower.bytes_saved > upper.bytes_saved
+        assert lower.time_factor >= upper.time_factor
+
+
+def test_what_was_rejected_is_told_with_its_bytes() -> None:
+    made = plan(gpu="rtx-4090", depth=12)
+    larger, other = made.rejected[0], made.rejected[-1]
+    assert larger.change == f"device_batch_size {2 * _training(made).device_batch_size}"
+    assert "of 23.5 GiB; largest: activations" in larger.because
+    assert other.change.startswith("checkpoint blocks")
+    assert "x the time" in other.because
 
 
 def test_the_nearest_depth_is_the_deepest_that_fits() -> None:

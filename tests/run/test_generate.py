@@ -93,6 +93,18 @@ def test_streamed_text_is_the_decoding_of_the_ids(trained: TrainedModel, seed: i
     assert "".join(pieces) == trained.tokenizer.decode(ids_of(trained, 20, sampling)[0])
 
 
+def test_a_character_that_stays_unfinished_is_marked(folders, monkeypatch) -> None:
+    trained = TrainedModel(
+        load_model(folders["llama"]).model, byte_tokenizer(), torch.device("cpu")
+    )
+    content = iter("aé".encode()[:2])
+    monkeypatch.setattr(
+        "snugpt.run.generate.choose", lambda *arguments: torch.tensor([[next(content)]])
+    )
+    pieces = list(text_stream(trained, PROMPT, max_new_tokens=2, sampling=GREEDY))
+    assert pieces == ["a", "\N{REPLACEMENT CHARACTER}"]
+
+
 def test_it_stops_where_the_context_is_full(trained: TrainedModel) -> None:
     room = CONTEXT - len(trained.encode(PROMPT))
     assert len(ids_of(trained, 10_000, GREEDY)[0]) == room

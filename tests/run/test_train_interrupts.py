@@ -62,6 +62,8 @@ def test_a_run_stopped_at_every_stage_saves_and_goes_on_exactly(
             stopped = run_tiny(plan, path)
         assert (stopped.interrupted_by, stopped.steps) == (name, steps), stage
         assert (stopped.folder.checkpoints / f"step-{steps:08d}").is_dir(), stage
+        evaluated = [m["step"] for m in stopped.folder.metrics() if m["kind"] == "evaluation"]
+        assert steps not in evaluated, stage  # it was cut short
         seen = Seen()
         resumed = run_tiny(plan, path, seen)
         assert resumed.interrupted_by is None
@@ -69,3 +71,14 @@ def test_a_run_stopped_at_every_stage_saves_and_goes_on_exactly(
         assert len(seen.of(training.StepReport)) == STEPS - steps, stage
         assert resumed.bits_per_byte is not None
         assert_same_run(resumed.folder, whole, state=steps < STEPS)
+
+
+def test_a_run_stopped_before_its_next_evaluation_still_knows_the_last(tmp_path: Path) -> None:
+    plan = tiny_plan(write_text(tmp_path / "text.txt"), steps=STEPS)
+    found = []
+    for target, number in (("snugpt.model.gpt.GPT.loss", 8), ("snugpt.run.train.build", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target, after(number, resolve_name(target), "SIGTERM"))
+            found.append(run_tiny(plan, tmp_path / "run"))
+    assert [result.steps for result in found] == [4, 4]
+    assert found[0].bits_per_byte == found[1].bits_per_byte is not None

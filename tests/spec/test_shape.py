@@ -75,13 +75,12 @@ def test_window_is_a_quarter_of_the_context_in_tiles_and_the_last_layer_sees_all
     st.none() | st.integers(1, 64),
     st.none() | st.integers(1, 64),
 )
-def test_a_shape_holds_together_or_is_refused_with_a_hint(
+def test_a_shape_holds_together_or_is_refused(
     style: Style, depth: int, width: int | None, heads: int | None, kv_heads: int | None
 ) -> None:
     try:
         shape = shape_for(style, depth, width=width, heads=heads, kv_heads=kv_heads)
-    except BadQuestionError as error:
-        assert "\n" not in error.message
+    except BadQuestionError:
         return
     assert shape.num_heads * shape.head_dim == shape.model_dim
     assert shape.num_heads % shape.num_kv_heads == 0

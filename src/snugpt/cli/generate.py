@@ -16,7 +16,9 @@ from snugpt.units import gib
 @click.option("--prompt", default="", help="Text to continue; - reads standard input.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens at most.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest.")
-@click.option("--top-k", type=int, default=50, show_default=True, help="Of the k likeliest; 0: all.")
+@click.option(
+    "--top-k", type=int, default=50, show_default=True, help="Of the k likeliest; 0: all."
+)
 @click.option("--top-p", type=float, help="Of the likeliest that reach this probability together.")
 @click.option("--seed", default=1337, show_default=True, help="The same seed, the same text.")
 @click.option("--num-samples", default=1, show_default=True, help="Texts drawn together.")

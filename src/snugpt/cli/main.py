@@ -101,7 +101,8 @@ def run(argv: list[str]) -> int:
         sys.stdout.flush()  # a closed pipe is noticed here and not at exit
         return code if isinstance(code, int) else 0
     except SnugError as error:
-        say_error(error.message, error.hint)
+        verb = f"{argv[0]} " if argv and argv[0] in VERBS else ""
+        say_error(error.message, error.hint or f"snugpt {verb}--help")
         return error.exit_code
     except click.UsageError as error:
         say_error(*_usage(error))

@@ -22,9 +22,7 @@ def matmul_parameters(shape: ModelShape) -> int:
 
 def attention_flops_per_token(shape: ModelShape, seq_len: int) -> int:
     """Forward cost of attention for one token: 4 x width x visible tokens, summed over layers."""
-    visible = sum(
-        min(shape.window_tokens(i) or seq_len, seq_len) for i in range(shape.num_layers)
-    )
+    visible = sum(min(shape.window_tokens(i) or seq_len, seq_len) for i in range(shape.num_layers))
     return 4 * shape.model_dim * visible
 
 

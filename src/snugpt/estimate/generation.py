@@ -15,7 +15,7 @@ from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.walk import forward, sequence
 from snugpt.spec.memory import Phase
 from snugpt.spec.recipe import BYTES, GenerationRecipe
-from snugpt.spec.runtime import Runtime
+from snugpt.spec.runtime import Runtime, mask_columns
 from snugpt.spec.shape import ModelShape
 
 
@@ -83,7 +83,7 @@ def _new_masks(net: Net) -> list[Event]:
     if net.runtime.attention == "flash" or tokens == 1:
         return []
     events: list[Event] = []
-    size = tokens * tokens * net.width_bytes
+    size = tokens * mask_columns(tokens) * net.width_bytes
     for window in {shape.window_tokens(i) for i in range(shape.num_layers)} - {None}:
         if window is not None and window < tokens:
             mask = net.fixed("window masks", "weights", size, "windows·T·T")

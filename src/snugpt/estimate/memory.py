@@ -37,10 +37,9 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
         lengths = recipe.prompt_tokens, recipe.max_new_tokens
         key: tuple[object, ...] = shape, runtime, lengths, recipe.kv_dtype, recipe.weight_dtype
     else:
-        chunk = None if recipe.loss == "plain" else recipe.loss_chunk_tokens
         key = (
-            shape, runtime, recipe.seq_len, recipe.compute_dtype, chunk, recipe.checkpoint,
-            recipe.optimizer, recipe.grad_accum_steps > 1,
+            shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
+            recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:
@@ -112,9 +111,7 @@ def runtime_of(shape: ModelShape, recipe: Recipe, gpu: Gpu, num_threads: int) ->
     return runtime_for(gpu, recipe.compute_dtype, shape.dropout, num_threads)
 
 
-def _reserved(
-    timeline: Timeline, batch: int, runtime: Runtime, peak: int
-) -> tuple[BytesBand, int]:
+def _reserved(timeline: Timeline, batch: int, runtime: Runtime, peak: int) -> tuple[BytesBand, int]:
     """Reserved bytes and, with the unsplit rest of blocks, allocated bytes."""
     if runtime.device == "cpu":  # malloc hands out what is asked for
         return BytesBand(low=peak, expected=peak, high=peak), peak
@@ -166,8 +163,11 @@ def _terms(
     if slack:
         terms.append(
             MemoryTerm(
-                name="allocator slack", category="slack", bytes=slack,
-                formula="rest of blocks above 1 MiB that are not split", basis="derived",
+                name="allocator slack",
+                category="slack",
+                bytes=slack,
+                formula="rest of blocks above 1 MiB that are not split",
+                basis="derived",
             )  # fmt: skip
         )
     return tuple(terms)

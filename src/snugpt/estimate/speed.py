@@ -63,9 +63,7 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
     return rates.get(dtype, rates["fp32"])
 
 
-def step_time_s(
-    shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float
-) -> float:
+def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
     """Seconds of one optimizer step at a rate of arithmetic."""
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = executed_flops_per_token(shape, recipe) * tokens / flops_per_s

@@ -146,7 +146,8 @@ class Timeline:
             if index > peak_at:
                 break
             last = phase
-            buffers[buffer] = buffers.get(buffer, 0) + sign
+            tensor = self.aliases.get(buffer, buffer)
+            buffers[tensor] = buffers.get(tensor, 0) + sign
         counted = {
             b: n for b, n in buffers.items() if n and (workspace or b.category != "workspace")
         }

@@ -34,7 +34,7 @@ class TrainingStep:
     def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
         self.net = Net(shape, runtime, recipe.compute_dtype, recipe.seq_len)
-        self.chunk = None if recipe.loss == "plain" else recipe.loss_chunk_tokens
+        self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
         self.layers = {k: stack.layer_part(net, kinds.index(k)) for k in dict.fromkeys(kinds)}

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from snugpt.spec.runtime import mask_columns
+
 aten = torch.ops.aten
 
 
@@ -43,11 +45,12 @@ def window_mask(
 
     The first query is at position `start`, behind what a cache holds.
     """
-    mask = torch.full((length, start + length), -torch.inf, dtype=dtype, device=device)
+    keys = start + length
+    mask = torch.full((length, mask_columns(keys)), -torch.inf, dtype=dtype, device=device)
     mask.triu_(start + 1)
-    if window is None:
-        return mask
-    return mask.add_(torch.full_like(mask, -torch.inf).tril_(start - window))
+    if window is not None:
+        mask.add_(torch.full_like(mask, -torch.inf).tril_(start - window))
+    return mask[:, :keys]
 
 
 class FusedAttention(Function):

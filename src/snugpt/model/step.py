@@ -52,7 +52,7 @@ def micro_batch(
     mark("forward")
     h = model.hidden(tokens)
     mark("loss")
-    loss = model.loss(h, targets, chunk=chunk_tokens(recipe), scale=scale)
+    loss = model.loss(h, targets, chunk=rows_of_logits(recipe), scale=scale)
     del h
     mark("backward")
     loss.backward()
@@ -63,9 +63,9 @@ def micro_batch(
 def evaluate_batch(model: GPT, recipe: TrainingRecipe, batch: Batch) -> Tensor:
     """The cross-entropy of each token of one batch in nats, (B * T,)."""
     tokens, targets = batch
-    return model.token_losses(model.hidden(tokens), targets, chunk=chunk_tokens(recipe))
+    return model.token_losses(model.hidden(tokens), targets, chunk=rows_of_logits(recipe))
 
 
-def chunk_tokens(recipe: TrainingRecipe) -> int:
-    """Rows of logits that exist at once; the plain loss has them all."""
-    return recipe.micro_batch_tokens if recipe.loss == "plain" else recipe.loss_chunk_tokens
+def rows_of_logits(recipe: TrainingRecipe) -> int:
+    """Rows of logits that exist at once."""
+    return recipe.chunk_tokens or recipe.micro_batch_tokens

@@ -85,7 +85,7 @@ def answer(
     groups: dict[str, int] = {str(k): n for k, n in parameter_groups(made.shape).items()}
     return Plan(
         fits=choice.memory.fits,
-        question=_kept(question, made),
+        question=_kept(made),
         stack=question.stack,
         command=command_line(asked),
         gpu=machine.gpu,
@@ -110,11 +110,11 @@ def _named(question: Question, machine: Machine) -> Question:
     return msgspec.structs.replace(question, gpu=machine.gpu.id) if known else question
 
 
-def _kept(question: Question, made: Draft) -> Question:
+def _kept(made: Draft) -> Question:
     """The question as it was said; a run must know that its tokens are bytes."""
-    if made.question.byte_tokens and question.model is None:
-        return msgspec.structs.replace(question, byte_tokens=True, vocab_size=None)
-    return question
+    if made.question.byte_tokens:
+        return msgspec.structs.replace(made.asked, byte_tokens=True, vocab_size=None)
+    return made.asked
 
 
 def _speed(made: Draft, choice: Choice) -> SpeedEstimate:

@@ -17,7 +17,7 @@ from snugpt.estimate.parameters import num_parameters
 from snugpt.planner.draft import Draft, draft
 from snugpt.planner.machine import Machine
 from snugpt.planner.search import Choice, choose
-from snugpt.planner.subject import SHORTEST_CONTEXT, seq_len_of, settled, shape_of
+from snugpt.planner.subject import SHORTEST_CONTEXT, dial_of, seq_len_of, settled, shape_of
 from snugpt.spec.catalogue import catalogue
 from snugpt.spec.presets import presets
 from snugpt.spec.question import Question
@@ -25,6 +25,8 @@ from snugpt.units import gib
 
 Step = tuple[str, Draft]
 MOST_SIMULATIONS = 6  # of one kind of change
+TRAINED_PARAMETER_BYTES = 12  # at least: weight, gradient and one moment, all fp32
+BF16_SHARE = 0.5  # at least what bf16 leaves of the bytes, on a card that has it
 LEVERS = ("device_batch_size", "grad_accum_steps", "checkpoint", "loss", "loss_chunk_tokens",
           "compute_dtype", "batch", "weight_dtype")  # fmt: skip
 
@@ -56,11 +58,25 @@ def _first_that_fits(steps: Iterator[Step]) -> tuple[str, Draft, Choice] | None:
 
 def _try(stuck: Draft, question: Question, machine: Machine | None = None) -> Draft | None:
     """The draft of another question if that fits; None where it does not or can't be asked."""
+    machine = machine or stuck.machine
     try:
-        tried = draft(question, machine or stuck.machine, stuck.corpus)
+        if _least_bytes(stuck, question) > machine.capacity_bytes - question.reserve:
+            return None
+        tried = draft(question, machine, stuck.corpus)
     except BadQuestionError:
         return None
     return tried if tried.fitting else None
+
+
+def _least_bytes(stuck: Draft, question: Question) -> int:
+    """What the parameters alone take: spares the walk of what is far too large."""
+    definite = settled(question)
+    depth = dial_of(definite)
+    if depth is None:
+        return 0
+    shape = shape_of(definite, depth, stuck.corpus.num_bytes if stuck.corpus else None)
+    each = TRAINED_PARAMETER_BYTES if question.task == "train" else 2
+    return each * num_parameters(shape)
 
 
 def _changed(question: Question, **changes: Any) -> Question:
@@ -182,9 +198,10 @@ def _without_reserve(stuck: Draft) -> Iterator[Step]:
 
 def _larger_card(stuck: Draft) -> Iterator[Step]:
     """The smallest card of the catalogue that holds the question as it was asked."""
+    least = max(stuck.capacity_bytes, BF16_SHARE * stuck.best.process_bytes)
     cards = sorted(catalogue().values(), key=lambda card: card.usable_bytes)
     for card in cards:
-        if card.backend == "cuda" and card.usable_bytes > stuck.capacity_bytes:
+        if card.backend == "cuda" and card.usable_bytes > least:
             machine = Machine(gpu=card, capacity_bytes=card.usable_bytes)
             tried = _try(stuck, _changed(stuck.asked, gpu=card.id), machine)
             if tried is not None:

@@ -111,6 +111,11 @@ def train(
             f" {gib(plan.memory.capacity_bytes)}",
             hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
         )
+    if plan.gpu.backend == "cuda" and not torch.cuda.is_available():
+        raise FailedError(
+            f"the plan is for {plan.gpu.name}, and torch finds no CUDA device here",
+            hint=f"snugpt plan --gpu cpu --layers {plan.shape.num_layers}",
+        )
     with Interrupt() as interrupt, run_lock(folder.path):
         folder.begin(plan, argv)
         data = prepare_data(plan, folder, recipe, cache_dir, watcher)

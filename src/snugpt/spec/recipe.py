@@ -103,6 +103,12 @@ class TrainingRecipe(
         return self.device_batch_size * self.seq_len
 
     @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens of one chunk of the loss; None where one chunk takes the whole micro-batch."""
+        whole = self.loss == "plain" or self.loss_chunk_tokens >= self.micro_batch_tokens
+        return None if whole else self.loss_chunk_tokens
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps until `total_tokens` have been seen."""
         return -(-self.total_tokens // self.total_batch_tokens)

@@ -11,10 +11,19 @@ import msgspec
 
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.recipe import ComputeDtype
+from snugpt.units import round_up
 
 Attention = Literal["cpu", "math", "flash", "efficient"]
 
 CUDA_BLOCK_BYTES = 512  # kMinBlockSize of PyTorch's CUDA caching allocator
+
+
+MASK_MULTIPLE = 8  # rows of a mask begin at 16 bytes, as the memory-efficient kernel wants them
+
+
+def mask_columns(num_keys: int) -> int:
+    """Columns that a mask over `num_keys` keys is stored with."""
+    return round_up(num_keys, MASK_MULTIPLE)
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ from snugpt.estimate.attending import attention, cached_attention
 from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.spec.recipe import BYTES
+from snugpt.spec.runtime import mask_columns
 from snugpt.spec.shape import ModelShape
 
 NAME = "snugpt"
@@ -142,7 +143,7 @@ def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
         buffers += [table, net.fixed("rotary tables", "weights", size, "context·D/2 each")]
     if runtime.attention != "flash":
         windows = {shape.window_tokens(i) for i in range(shape.num_layers)} - {None}
-        size = mask_tokens * mask_tokens * net.width_bytes
+        size = mask_tokens * mask_columns(mask_tokens) * net.width_bytes
         for window in windows:
             if window is not None and window < mask_tokens:
                 buffers.append(net.fixed("window masks", "weights", size, "windows·T·T"))
