@@ -2,8 +2,8 @@
 
     python bench/estimate_speed.py
 
-Held to: 5 ms cold, 20 microseconds warm. Cold is the walk and its envelope; what only a printed plan
-needs (terms, the allocator's simulation) is timed on its own lines.
+Held to: 5 ms cold, 20 microseconds warm. Cold is the walk and its envelope; what only a printed
+plan needs (terms, the allocator's simulation) is timed on its own lines.
 """
 
 from __future__ import annotations

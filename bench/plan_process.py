@@ -1,9 +1,9 @@
-"""CPU time of `snugpt plan` as a whole process, beside an interpreter that only imports its libraries.
+"""CPU time of `snugpt plan` as a whole process, beside one that only imports its libraries.
 
     python bench/plan_process.py [ROUNDS]
 
-The commands take turns, so that a machine that speeds up or slows down does so for all. Held to: 150 ms
-of CPU time, and 3 x the empty import.
+The commands take turns, so that a machine that speeds up or slows down does so for all. Held to:
+150 ms of CPU time, and 3 x the empty import.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     print(snugpt.memory_report())                     # one line in anyone's loop
     with snugpt.Watch() as watch:                     # around anyone's training loop
         ...
-    watch.measurement                                 # kept in the ledger, `snugpt records` lists it
+    watch.measurement                                 # kept in the ledger for `snugpt records`
 
 The verbs are imported when they are first asked for, so that `import snugpt` costs nothing.
 """

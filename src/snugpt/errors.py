@@ -6,7 +6,8 @@
     └── FailedError         exit 1   the run could not go on: disk, damaged file, missing package
 
 An error is one line that names field, value and range, then one `hint:` line that is a command or a
-value to type. The command line prints both and exits with `exit_code`; in Python they are exceptions.
+value to type. The command line prints both and exits with `exit_code`; in Python they are
+exceptions.
 """
 
 from __future__ import annotations

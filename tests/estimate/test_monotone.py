@@ -38,7 +38,7 @@ def random_questions(seed: int) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def requested_bytes(asked: dict[str, Any], batch: int) -> int:
-    return TrainingStep(*question(asked)).timeline().read(batch, workspace=False)[0].bytes
+    return TrainingStep(*question(asked, batch)).timeline().read(batch, workspace=False)[0].bytes
 
 
 def test_a_larger_batch_needs_more():

@@ -53,7 +53,7 @@ def levers(draw, lengths: Sequence[int] = (64, 100, 256, 777, 1024)) -> dict[str
     }
 
 
-def question(asked: dict[str, Any]) -> tuple[ModelShape, TrainingRecipe, Runtime]:
+def question(asked: dict[str, Any], batch: int = 1) -> tuple[ModelShape, TrainingRecipe, Runtime]:
     runtime, dtype = RUNTIMES[asked.get("runtime", "cpu")]
     T, accumulation = asked.get("seq_len", 256), asked.get("accumulation", 1)
     width = asked.get("width", 64 * asked.get("depth", 4))
@@ -68,10 +68,10 @@ def question(asked: dict[str, Any]) -> tuple[ModelShape, TrainingRecipe, Runtime
     )
     recipe = TrainingRecipe(
         seq_len=T,
-        device_batch_size=1,
+        device_batch_size=batch,
         grad_accum_steps=accumulation,
-        total_batch_tokens=T * accumulation,
-        total_tokens=10 * T * accumulation,
+        total_batch_tokens=batch * T * accumulation,
+        total_tokens=10 * batch * T * accumulation,
         compute_dtype=dtype,
         loss=asked.get("loss", "chunked"),
         loss_chunk_tokens=min(T, asked.get("chunk", 64)),

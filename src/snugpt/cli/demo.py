@@ -25,7 +25,7 @@ QUESTION = Question(
     input="builtin", layers=4, width=192, heads=3, seq_len=256,
     total_batch_tokens=2048, total_tokens=244 * 2048,
 )  # fmt: skip
-PROMPTS = ("The ", "Return ", "If the ")
+PROMPTS = ("The file", "Return a", "If the")
 NEW_TOKENS = 60
 MEASURED_TOKENS = 200  # of each of eight texts, for the share of known words
 WORD = re.compile(r"[a-z]{4,}")
@@ -51,7 +51,7 @@ def demo(steps: int | None, name: str | None) -> None:
         tokens = steps * (QUESTION.total_batch_tokens or 0)
         question = msgspec.structs.replace(QUESTION, total_tokens=tokens)
     _title("1  A plan for this machine")
-    plan = planned(question)
+    plan = planned(question, num_alternatives=0)
     print_plan(plan)
     _title("2  The same model on three cards")
     for line in card_table(question):
@@ -63,7 +63,7 @@ def demo(steps: int | None, name: str | None) -> None:
     _show_texts(run, plan)
     _title(f"Done in {duration(time.monotonic() - began)}. Now yours:")
     click.echo("  snugpt plan --gpu rtx-4090 --depth 12      what fits your card")
-    click.echo(f"  snugpt generate {run} --prompt 'The '      more of this model")
+    click.echo(f"  snugpt generate {run} --prompt 'The file'   more of this model")
     click.echo("  snugpt train --input my-texts/ --hours 1   train on your own text")
     click.echo("  snugpt records                             predicted ÷ measured so far")
 
@@ -74,7 +74,7 @@ def card_table(question: Question) -> Iterator[str]:
         f"{'card':<12}{'process':>10}{'of':>10}{'batch':>7}{'passes':>8}{'tokens/s':>11}{'time':>10}"
     )
     for card in CARDS:
-        plan = planned(msgspec.structs.replace(question, gpu=card))
+        plan = planned(msgspec.structs.replace(question, gpu=card), num_alternatives=0)
         recipe, memory, speed = plan.recipe, plan.memory, plan.speed
         assert isinstance(recipe, TrainingRecipe)
         yield (

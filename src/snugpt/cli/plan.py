@@ -37,7 +37,7 @@ def plan(as_json: bool, output: Path | None, **flags: Any) -> None:
       snugpt plan --gpu gtx-1070 --task generate --preset 150M
     """
     whole = as_json or output is not None
-    made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 1)
+    made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 0)
     if as_json:
         sys.stdout.write(encode_plan(made).decode())
     else:

@@ -87,7 +87,7 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> None
     elif result.finished:
         click.echo(f"{folder.path} has been trained to its end already", err=True)
     if result.finished:
-        click.echo(f"generate with: snugpt generate {run} --prompt 'The '", err=True)
+        click.echo(f"generate with: snugpt generate {run} --prompt 'The file'", err=True)
 
 
 def _with_text(question: Question) -> Question:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains and when it has ended. Progress goes to stderr, receipts to stdout."""
+"""What a run shows: progress on stderr while it trains, the receipt on stdout at its end."""
 
 from __future__ import annotations
 

@@ -16,12 +16,13 @@ Never validated on a GPU yet. The unsplit rest of a block is counted as allocate
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.timeline import Timeline
+from snugpt.estimate.timeline import Segment, Timeline
 from snugpt.units import MIB
 
 SMALL_REQUEST = MIB
@@ -125,42 +126,51 @@ def simulate(timeline: Timeline, batch: int) -> Allocation:
     In the first the optimizer state does not exist until the optimizer's phase, where it falls into
     whatever the activations left free. That is what fragments a real run.
     """
-    allocator = CachingAllocator()
-    live: dict[Buffer, list[Block]] = {}
+    player = _Player(timeline, batch)
     late = [b for b in timeline.resident if b.category == "optimizer"]
-    for buffer in timeline.resident:
-        if buffer.category != "optimizer":
-            _allocate(allocator, live, buffer, batch)
-    for _ in range(2):
-        _play(timeline, batch, allocator, live, late)
-        late = []
-    return Allocation(allocator.peak_allocated, allocator.peak_reserved)
-
-
-def _play(
-    timeline: Timeline,
-    batch: int,
-    allocator: CachingAllocator,
-    live: dict[Buffer, list[Block]],
-    late: list[Buffer],
-) -> None:
-    aliases = timeline.aliases
-    for phase, _, (sign, buffer) in timeline.events():
-        if phase == "optimizer" and late:
-            for state in late:
-                _allocate(allocator, live, state, batch)
+    player.hold(b for b in timeline.resident if b.category != "optimizer")
+    for phase, _, segment in timeline.placed:
+        if late and phase == "optimizer":
+            player.hold(late)
             late = []
-        tensor = aliases.get(buffer, buffer)
-        if sign > 0:
-            _allocate(allocator, live, tensor, batch)
-        elif live[tensor]:
-            allocator.release(live[tensor].pop())
+        player.play(segment)
+    for _, _, segment in timeline.placed:
+        player.play(segment)
+    return Allocation(player.allocator.peak_allocated, player.allocator.peak_reserved)
 
 
-def _allocate(
-    allocator: CachingAllocator, live: dict[Buffer, list[Block]], buffer: Buffer, batch: int
-) -> None:
-    blocks = live.setdefault(buffer, [])
-    num_bytes = buffer.fixed_bytes + batch * buffer.sequence_bytes
-    if num_bytes > 0:
-        blocks.append(allocator.allocate(num_bytes))
+class _Player:
+    """Plays segments on an allocator. Which blocks a buffer holds is a list of its own, so that a
+    segment placed in many layers is turned into (sign, list, bytes) once."""
+
+    def __init__(self, timeline: Timeline, batch: int) -> None:
+        self.allocator = CachingAllocator()
+        self._timeline, self._batch = timeline, batch
+        self._blocks: dict[Buffer, list[Block]] = {}
+        self._parts: dict[Segment, list[tuple[int, list[Block], int]]] = {}
+
+    def hold(self, buffers: Iterable[Buffer]) -> None:
+        """Allocate buffers that stay."""
+        for buffer in buffers:
+            num_bytes = self._timeline.bytes_of(buffer, self._batch)
+            if num_bytes:
+                self._held(buffer).append(self.allocator.allocate(num_bytes))
+
+    def play(self, segment: Segment) -> None:
+        """Allocate and free what a segment does, in its order."""
+        parts = self._parts.get(segment)
+        if parts is None:
+            parts = self._parts[segment] = [
+                (sign, self._held(buffer), self._timeline.bytes_of(buffer, self._batch))
+                for sign, buffer in segment.events
+            ]
+        allocate, release = self.allocator.allocate, self.allocator.release
+        for sign, blocks, num_bytes in parts:
+            if sign > 0:
+                if num_bytes:
+                    blocks.append(allocate(num_bytes))
+            elif blocks:
+                release(blocks.pop())
+
+    def _held(self, buffer: Buffer) -> list[Block]:
+        return self._blocks.setdefault(self._timeline.aliases.get(buffer, buffer), [])

@@ -1,7 +1,7 @@
 """Attention as an operation, one description per kernel: the twin of `model/attention.py`.
 
-Scratch inside a kernel can't be seen from outside it; each figure names the source it was read from.
-Those of CUDA are derived from the sources and assumed until a CUDA record exists.
+Scratch inside a kernel can't be seen from outside it; each figure names the source it was read
+from. Those of CUDA are derived from the sources and assumed until a CUDA record exists.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _flash(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     T, H, D = round_up(net.seq_len, 128), shape.num_heads, round_up(shape.head_dim, 32)
     sums = Buffer("attention scratch", "workspace", 0, T * H * FP32, "B·T·H·4")
     grad_queries = Buffer("attention scratch", "workspace", 0, T * H * D * FP32, "B·T·H·D·4")
-    expanded = _expanded_gradients(net, "workspace") if H > shape.num_kv_heads else ()
+    expanded = _expanded_gradients(net, "workspace") if shape.num_kv_heads < H else ()
     scratch = (sums, grad_queries, *expanded)
     grads = tuple(net.gradient_of(x) for x in (q, k, v))
     return Operation(
@@ -118,7 +118,7 @@ def _flash(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
 
 
 def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
-    """The memory-efficient kernel (attention_backward.cu): an fp32 query gradient in low precision."""
+    """The memory-efficient kernel (attention_backward.cu): below fp32 an fp32 query gradient."""
     shape = net.shape
     out, statistics, state = _out(net, q), _statistics(net), _random_state(net)
     grads = tuple(net.gradient_of(x) for x in (q, k, v))

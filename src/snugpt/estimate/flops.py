@@ -1,8 +1,8 @@
 """Floating-point operations of training and generation, by nanochat's convention.
 
-A matrix of P elements costs 2 P per token forward and 4 P backward. Attention costs 4 x width x visible
-tokens per layer forward and twice that backward; a causal layer is counted as if it saw its whole
-window (PaLM, arXiv 2204.02311, appendix B; nanochat `estimate_flops`, July 2026).
+A matrix of P elements costs 2 P per token forward and 4 P backward. Attention costs 4 x width x
+visible tokens per layer forward and twice that backward; a causal layer is counted as if it saw its
+whole window (PaLM, arXiv 2204.02311, appendix B; nanochat `estimate_flops`, July 2026).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The kinds of operation of a GPT: what each outputs, keeps for backward, and needs on the way.
 
-This is the torch-free twin of `model/functions.py` and `model/loss.py` (attention has its own file):
-one function here per function there, read side by side. A style is a list of these, the walk turns the
-list into a timeline, and nothing else in the house knows how many bytes an operation takes.
+This is the torch-free twin of `model/functions.py` and `model/loss.py` (attention has its own
+file): one function here per function there, read side by side. A style is a list of these, the walk
+turns the list into a timeline, and nothing else in the house knows how many bytes an operation
+takes.
 
 Shapes: B batch, T time, C channels, H heads, K kv heads, D head size, M mlp width, V vocabulary.
 """

@@ -13,17 +13,18 @@ from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Basis, BytesBand, MemoryEstimate, MemoryTerm
-from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.spec.recipe import GenerationRecipe, Recipe
 from snugpt.spec.runtime import Runtime, runtime_for
 from snugpt.spec.shape import ModelShape
 from snugpt.units import GIB, MIB
 
-# CUDA context and loaded kernels. Published: 141 MiB on a T4, 0.13 GiB on an A2000, 0.62 GiB on a 5090.
+# CUDA context and loaded kernels. Published: 141 MiB on a T4, 0.13 GiB on an A2000, 0.62 GiB on a
+# 5090.
 CONTEXT_BYTES = BytesBand(low=int(0.13 * GIB), expected=int(0.45 * GIB), high=int(0.75 * GIB))
 # Of one step's events in another order the simulation reserved up to a tenth more.
 RESERVED_FACTOR = 1.10
-# Python, torch, the kernels' own buffers and the text at hand: 360 to 450 MiB above the allocated peak
-# in training runs on one 2-core Linux machine (torch 2.13, CPU build). Assumed elsewhere.
+# Python, torch, the kernels' own buffers and the text at hand: 360 to 450 MiB above the allocated
+# peak in training runs on one 2-core Linux machine (torch 2.13, CPU build). Assumed elsewhere.
 CPU_BASE_BYTES = BytesBand(low=300 * MIB, expected=420 * MIB, high=700 * MIB)
 CPU_KEPT_FACTOR = 1.15  # pages that malloc keeps back; assumed
 
@@ -168,7 +169,7 @@ def _terms(
                 bytes=slack,
                 formula="rest of blocks above 1 MiB that are not split",
                 basis="derived",
-            )  # fmt: skip
+            )
         )
     return tuple(terms)
 

@@ -1,8 +1,9 @@
 """What an operation is to the estimate: buffers that are allocated, kept and freed.
 
-A *sequence of events* is a tuple of buffers: a buffer is allocated where it is first named and freed
-where it is named again. `forward` names the result, what is kept beside it, and scratch; `backward`
-names the gradients and scratch. The incoming gradient and what was kept are freed by the walk.
+A *sequence of events* is a tuple of buffers: a buffer is allocated where it is first named and
+freed where it is named again. `forward` names the result, what is kept beside it, and scratch;
+`backward` names the gradients and scratch. The incoming gradient and what was kept are freed by the
+walk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokens per second from the card's rates: how fast a step can be, and how sure that is.
 
 A step takes the time of its arithmetic at a share of the card's dense rate (MFU), a fixed cost for
-every kernel that is started, and the optimizer's pass over memory. The shares are assumed until records
-narrow them, so the band is wide. A machine that was measured brings its own rate.
+every kernel that is started, and the optimizer's pass over memory. The shares are assumed until
+records narrow them, so the band is wide. A machine that was measured brings its own rate.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from snugpt.spec.recipe import BYTES, GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import SECONDS_PER_HOUR
 
-# Share of the dense rate that eager PyTorch reaches in training; published runs of compiled nanochat
-# reach 0.41 to 0.59 on H100s (leaderboard and dev log), eager ones are below. Assumed.
+# Share of the dense rate that eager PyTorch reaches in training; published runs of compiled
+# nanochat reach 0.41 to 0.59 on H100s (leaderboard and dev log), eager ones are below. Assumed.
 TRAINING_SHARE = Band(0.20, 0.35, 0.50)
 # Share of memory bandwidth that decoding reaches; gpt-fast reaches about 0.7 compiled. Assumed.
 BANDWIDTH_SHARE = Band(0.25, 0.45, 0.70)

@@ -3,9 +3,9 @@
 A step repeats the same layer many times, so events are grouped in segments: each kind of layer is
 walked once, and a timeline places its segment once per layer. A segment knows what it leaves behind
 and its *crests*, the sizes at which its memory stands highest; both are linear in the batch,
-`fixed + batch * per_sequence`. The peak of a whole step is then the highest of a few lines, so another
-batch is arithmetic and the largest batch a division. Only a plan that is printed is spelled out event
-by event.
+`fixed + batch * per_sequence`. The peak of a whole step is then the highest of a few lines, so
+another batch is arithmetic and the largest batch a division. Only a plan that is printed is spelled
+out event by event.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Segment:
 
 
 class Placed(NamedTuple):
-    """A segment at its place in the step: its phase and its layer (-1 before, L behind the layers)."""
+    """A segment at its place in the step: phase, and layer (-1 before, L behind the layers)."""
 
     phase: Phase
     layer: int
@@ -159,7 +159,7 @@ def _rounded(num_bytes: int, block_bytes: int) -> int:
 
 
 def _summary(events: tuple[Event, ...], block_bytes: int) -> tuple[Line, tuple[Line, ...]]:
-    """What a run of events leaves behind, and its crests: sizes before a free that follows growth."""
+    """What events leave behind, and their crests: the sizes before a free that follows growth."""
     fixed = per_sequence = 0
     crests = {Line(0, 0)}
     rising = False
@@ -174,7 +174,7 @@ def _summary(events: tuple[Event, ...], block_bytes: int) -> tuple[Line, tuple[L
 
 
 def _envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
-    """The lines that are highest somewhere at a batch of 1 or more: the upper hull, flattest first."""
+    """The lines that are highest somewhere from a batch of 1 up: the upper hull, flattest first."""
     hull: list[Line] = []
     steepest_first = sorted(set(lines), key=lambda line: (line.per_sequence, line.fixed))
     for line in steepest_first:

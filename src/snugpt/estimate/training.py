@@ -1,7 +1,7 @@
 """One training step as a timeline: what `model/step.py` does, operation by operation.
 
-The step after the first is walked: optimizer state exists, gradients do not. Two micro-steps stand for
-any number above one, because from the second on they are all alike.
+The step after the first is walked: optimizer state exists, gradients do not. Two micro-steps stand
+for any number above one, because from the second on they are all alike.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 It follows PyTorch's rules, which are simple when every operation is one autograd function:
 
 - a tensor is freed after its last reader, unless an operation keeps it;
-- backward runs the list in reverse; an operation's incoming gradient is freed when its call returns,
-  then what it alone still kept;
-- a second gradient for the same tensor is added in place if nobody else holds the first one, else into
-  a new tensor (InputBuffer.cpp, `accumulate`);
+- backward runs the list in reverse; an operation's incoming gradient is freed when its call
+  returns, then what it alone still kept;
+- a second gradient for the same tensor is added in place if nobody else holds the first one, else
+  into a new tensor (InputBuffer.cpp, `accumulate`);
 - a parameter's first gradient is taken over as it is; later ones are added and freed
   (accumulate_grad.h); where a parameter is used twice, the first waits for the second.
 """
@@ -118,7 +118,8 @@ def forward(
 def recompute(operations: Sequence[Operation], entry: Buffer) -> list[Event]:
     """Events of running a checkpointed list again, up to the last operation that keeps something.
 
-    PyTorch stops there (`early_stop` of torch.utils.checkpoint); what was made and is not kept goes.
+    PyTorch stops there (`early_stop` of torch.utils.checkpoint); what was made and is not kept
+    goes.
     """
     last = max(i for i, op in enumerate(operations) if op.keeps)
     needed = operations[: last + 1]

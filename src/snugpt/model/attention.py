@@ -157,7 +157,7 @@ class MathAttention(Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        B, T, H, D = q.shape
+        _, T, H, D = q.shape
         q, k, v = (by_head(x) for x in (q, k, v))
         weights = torch.bmm(q, k.transpose(1, 2)).mul_(D**-0.5)  # (B*H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1)

@@ -1,16 +1,17 @@
 """The operations of a GPT as autograd functions: each says what it keeps for the backward pass.
 
-PyTorch's own functions keep what suits them on each backend; these keep the same tensors everywhere,
-so memory can be predicted. `save_for_backward` is the only place where a tensor is kept. Three ideas
-save about half of what eager PyTorch would keep, at no loss of exactness beyond rounding:
+PyTorch's own functions keep what suits them on each backend; these keep the same tensors
+everywhere, so memory can be predicted. `save_for_backward` is the only place where a tensor is
+kept. Three ideas save about half of what eager PyTorch would keep, at no loss of exactness beyond
+rounding:
 
 - a norm without weights keeps its output, which its consumer keeps anyway, and not its input;
 - squared ReLU keeps its output and takes the square root again;
 - a linear layer keeps its fp32 weight and casts it again, instead of keeping the cast copy.
 
 Shapes: B batch, T time, C channels, H heads, K key-value heads, D head size, V vocabulary, N = B*T.
-The bytes of each function are told once more, torch-free, in `estimate/operations.py`; contract tests
-hold the two together on a real allocator.
+The bytes of each function are told once more, torch-free, in `estimate/operations.py`; contract
+tests hold the two together on a real allocator.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     tokens -> embedding [+ positions] [norm] -> L x (attention, mlp) -> norm -> head
 
-Every sublayer is `x + f(norm(x))`. The methods are flat and drop their locals early, because a local
-name keeps a tensor as surely as autograd does: what is alive when is part of the product.
+Every sublayer is `x + f(norm(x))`. The methods are flat and drop their locals early, because a
+local name keeps a tensor as surely as autograd does: what is alive when is part of the product.
 
-Shapes: B batch, T time, C model_dim, H heads, K kv heads, D head_dim, M mlp_dim, V padded vocabulary.
+Shapes: B batch, T time, C model_dim, H heads, K kv heads, D head_dim, M mlp_dim, V padded
+vocabulary.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Block(nn.Module):
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """Both sublayers, (B, T, C) -> (B, T, C): the unit that `checkpoint = blocks` recomputes."""
+        """Both sublayers, (B, T, C) -> (B, T, C): what `checkpoint = blocks` recomputes."""
         x = self.attention(x, inputs)
         return self.mlp(x)
 

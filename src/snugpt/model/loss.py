@@ -1,11 +1,13 @@
 """Cross-entropy fused with the output head, in chunks: the full logits never exist.
 
-The logits of N tokens are N x V, the largest tensor of a small GPT (d12, B 32, T 2048: 4 GiB in bf16,
-8 GiB in fp32). Here a chunk of rows is multiplied with the head, turned into its loss and its gradient,
-and dropped before the next chunk. The gradients are made in the forward pass, where everything they
-need is at hand, and only handed out in the backward pass. One chunk of all rows is the plain loss.
+The logits of N tokens are N x V, the largest tensor of a small GPT (d12, B 32, T 2048: 4 GiB in
+bf16, 8 GiB in fp32). Here a chunk of rows is multiplied with the head, turned into its loss and its
+gradient, and dropped before the next chunk. The gradients are made in the forward pass, where
+everything they need is at hand, and only handed out in the backward pass. One chunk of all rows is
+the plain loss.
 
-Chunking by rows does not change a single product, only the order in which the head's gradient is summed.
+Chunking by rows does not change a single product, only the order in which the head's gradient is
+summed.
 """
 
 from __future__ import annotations

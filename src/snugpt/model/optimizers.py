@@ -43,7 +43,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
         update = orthogonalised(grad.lerp_(momentum, group["momentum"]))
-        # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are raised.
+        # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
+        # raised.
         raised = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"] * raised)

@@ -10,8 +10,12 @@ from snugpt.spec.shape import ModelShape
 
 MUON_LEARNING_RATE = 0.02  # for the matrices (nanochat)
 # For what AdamW trains, at width 768; falls with the square root of the width (nanochat, gpt.py).
-LEARNING_RATE: dict[Optimizer, float] = {"muon": 3e-3, "adamw": 1e-3}
+# Beside Muon it is nanochat's rate for the head at 2^19 tokens a step, and falls with the batch as far
+# as 2e-3 at width 192 and 2048 tokens, the better of two tried (dev/LOG.md, 2026-11-20).
+LEARNING_RATE: dict[Optimizer, float] = {"muon": 8e-3, "adamw": 1e-3}
 REFERENCE_WIDTH = 768
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT: dict[Optimizer, float] = {"muon": 0.375, "adamw": 0.0}
 WEIGHT_DECAY = 0.1
 WARMUP_FRACTION = 0.02
 COOLDOWN_FRACTION = 0.5
@@ -45,11 +49,13 @@ def schedule_for(
             "warmup_fraction", warmup, f"at most {1 - cooldown:g} beside the cool-down",
             hint=command_line(question, warmup_fraction=None, cooldown_fraction=None),
         )  # fmt: skip
-    width_factor = (REFERENCE_WIDTH / shape.model_dim) ** 0.5
+    batch_share = min(1.0, total_tokens / num_steps / REFERENCE_BATCH_TOKENS)
+    rate = LEARNING_RATE[optimizer] * (REFERENCE_WIDTH / shape.model_dim) ** 0.5
+    rate *= batch_share ** BATCH_EXPONENT[optimizer]
     every = max(1, num_steps // EVALUATIONS)
     eval_tokens = min(MOST_EVAL_TOKENS, total_tokens // EVAL_SHARE)
     return Schedule(
-        learning_rate=_or(question.learning_rate, LEARNING_RATE[optimizer] * width_factor),
+        learning_rate=_or(question.learning_rate, rate),
         matrix_learning_rate=_or(question.matrix_learning_rate, MUON_LEARNING_RATE),
         weight_decay=_or(question.weight_decay, WEIGHT_DECAY),
         warmup_fraction=warmup,

@@ -1,7 +1,7 @@
 """Recipes: how one training step is taken, and how tokens are generated.
 
-Every lever of the product is a field here, under one name from the flag to the plan. A field with one
-allowed value states what a run does; it becomes a choice when the trainer can do otherwise.
+Every lever of the product is a field here, under one name from the flag to the plan. A field with
+one allowed value states what a run does; it becomes a choice when the trainer can do otherwise.
 """
 
 from __future__ import annotations

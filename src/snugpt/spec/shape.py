@@ -1,6 +1,7 @@
 """ModelShape: what fixes the size of a GPT, and nothing about how it is trained.
 
-One dial, `depth`, sets every field for a style; any single field can be pinned instead. Three styles:
+One dial, `depth`, sets every field for a style; any single field can be pinned instead. Three
+styles:
 
     nanochat   RMSNorm without weights, rotary, QK norm, relu squared, untied, value embeddings on
                every other layer, sliding windows, logit soft cap

@@ -165,7 +165,7 @@ def _stored(net: Net, weights: dict[str, Weight], optimizer: str | None) -> list
 
 
 def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
-    """Muon: one fp32 momentum per matrix. AdamW: two fp32 moments and a counter (a 4-byte tensor)."""
+    """Muon: one fp32 momentum per matrix. AdamW: two fp32 moments and a 4-byte counter."""
     size = weight.elements * FP32
     if optimizer == "muon" and group_of(weight.name) == "matrices":
         return [net.fixed("Muon momentum", "optimizer", size, "matrices·4")]
