@@ -10,8 +10,8 @@ from snugpt.spec.shape import ModelShape
 
 MUON_LEARNING_RATE = 0.02  # for the matrices (nanochat)
 # For what AdamW trains, at width 768; falls with the square root of the width (nanochat, gpt.py).
-# Beside Muon it is nanochat's rate for the head at 2^19 tokens a step, and falls with the batch as far
-# as 2e-3 at width 192 and 2048 tokens, the better of two tried (dev/LOG.md, 2026-11-20).
+# Beside Muon it is nanochat's rate for the head at 2^19 tokens a step, and falls with the batch as
+# far as 2e-3 at width 192 and 2048 tokens, the better of two tried (dev/LOG.md, 2026-11-20).
 LEARNING_RATE: dict[Optimizer, float] = {"muon": 8e-3, "adamw": 1e-3}
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
