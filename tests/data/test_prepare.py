@@ -9,7 +9,7 @@ import pytest
 
 from snugpt.data import prepare as prepare_module
 from snugpt.data.prepare import PreparedData, prepare
-from snugpt.data.tokenizer import byte_tokenizer
+from snugpt.data.tokenizer import Tokenizer, byte_tokenizer
 from snugpt.errors import BadQuestionError, FailedError
 
 SEQ_LEN = 16
@@ -60,6 +60,75 @@ def test_second_time_encodes_nothing(
     monkeypatch.setattr(prepare_module, "_encode", None)
     second = _prepare(source, tmp_path)
     assert second.train.index == first.train.index
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that text was encoded into, in order."""
+    folders: list[Path] = []
+    encode = prepare_module._encode
+
+    def counted(corpus, split, tokenizer, folder, report) -> None:
+        folders.append(folder)
+        encode(corpus, split, tokenizer, folder, report)
+
+    monkeypatch.setattr(prepare_module, "_encode", counted)
+    return folders
+
+
+def test_the_tokenizer_of_a_run_finds_what_was_encoded_when_it_was_trained(
+    source: str, tmp_path: Path, encoded: list[Path]
+) -> None:
+    first = _prepare(source, tmp_path)
+    first.tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    own = Tokenizer.load(tmp_path / "run" / "tokenizer.json")
+    resumed = _prepare(source, tmp_path, tokenizer=own)
+    assert encoded == [first.folder] == [resumed.folder]
+    assert resumed.train.index == first.train.index
+    assert resumed.validation.index == first.validation.index
+
+
+def test_what_was_encoded_with_a_given_tokenizer_is_there_for_who_trains_the_same(
+    source: str, tmp_path: Path, encoded: list[Path]
+) -> None:
+    tokenizer = _prepare(source, tmp_path / "elsewhere").tokenizer
+    given = _prepare(source, tmp_path, tokenizer=tokenizer)
+    trained = _prepare(source, tmp_path)
+    assert trained.folder == given.folder
+    assert len(encoded) == 2  # one of them elsewhere
+
+
+def test_what_is_asked_for_differently_never_shares_data(
+    source: str, tmp_path: Path, encoded: list[Path]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.replace("Sentence", "Sentense"))
+    tokenizer = _prepare(str(other), tmp_path, vocab_size=290).tokenizer
+    asked = [
+        {},
+        {"vocab_size": 301},
+        {"vocab_size": "byte"},
+        {"seq_len": 500},
+        {"tokenizer": tokenizer},
+        {"tokenizer": byte_tokenizer(), "seq_len": 2000},
+    ]
+    folders = [_prepare(source, tmp_path, **changes).folder for changes in asked]
+    folders.append(_prepare(str(other), tmp_path).folder)
+    assert len(set(folders)) == len(asked) + 1
+    assert encoded[1:] == folders
+
+
+@pytest.mark.parametrize("content", [b"", b"?", b"\xff", b"0" * 64])
+def test_a_damaged_note_of_the_trained_tokenizer_costs_a_training_only(
+    source: str, tmp_path: Path, encoded: list[Path], content: bytes
+) -> None:
+    first = _prepare(source, tmp_path)
+    (note,) = first.folder.parent.glob("*.sha256")
+    before = note.read_bytes()
+    note.write_bytes(content)
+    assert _prepare(source, tmp_path).folder == first.folder
+    assert note.read_bytes() == before
+    assert len(encoded) == 1
 
 
 def test_changed_text_is_prepared_again(source: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import click
 
 from snugpt.errors import SnugError, unknown_name
 
+TRAIN_EXTRA = ("torch", "numpy", "tokenizers", "safetensors")
+INSTALL_TRAIN = "pip install 'snugpt[train]'"
 INTERRUPTED = 130  # 128 + SIGINT, what shells give
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("snugpt.cli.plan:plan", "What fits your GPU: settings, memory, time, and why."),
@@ -109,6 +111,11 @@ def run(argv: list[str]) -> int:
         return 2
     except click.ClickException as error:
         say_error(error.format_message(), None)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_EXTRA:
+            raise
+        say_error(f"this verb needs {error.name}, which is not installed", INSTALL_TRAIN)
         return 1
     except (click.Abort, KeyboardInterrupt):
         click.echo(err=True)

@@ -25,8 +25,12 @@ from snugpt.units import gib
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write the plan there, for `snugpt train FILE`.",
 )  # fmt: skip
+@click.option(
+    "--measure", is_flag=True,
+    help="Train on this processor for ten seconds first, so that times are not guessed.",
+)  # fmt: skip
 @question_options()
-def plan(as_json: bool, output: Path | None, **flags: Any) -> None:
+def plan(as_json: bool, output: Path | None, measure: bool, **flags: Any) -> None:
     """Say what fits: settings, memory, speed, and why. No GPU and no torch is needed.
 
     What you pin stays; what you leave out is chosen. Exit code 3: it does not fit.
@@ -36,6 +40,10 @@ def plan(as_json: bool, output: Path | None, **flags: Any) -> None:
       snugpt plan --gpu rtx-4090 --depth 12
       snugpt plan --gpu gtx-1070 --task generate --preset 150M
     """
+    if measure:
+        from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
+
+        keep_cpu_rate(default_cache_folder(), measure_cpu_rate())
     whole = as_json or output is not None
     made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 0)
     if as_json:

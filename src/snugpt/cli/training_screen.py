@@ -8,7 +8,7 @@ import time
 
 import click
 
-from snugpt.run.train import EvaluationReport, Notice, Report, StepReport
+from snugpt.run.reports import EvaluationReport, Notice, Report, StepReport
 from snugpt.spec.measurement import COUNTERS, Measurement
 from snugpt.units import duration, gib
 

@@ -2,9 +2,11 @@
 
     <cache_dir>/corpora/                  the built-in corpus
     <cache_dir>/prepared/<identity>/      tokenizer.json, both .bin and their indexes
+    <cache_dir>/prepared/<asked>.sha256   which tokenizer came out of training one for this text
 
-The identity stands for the text, the tokenizer and the split. Prepared data that turn out damaged
-are made again: they are a cache, and making them again gives the same bytes.
+The identity stands for the text, the split and the tokenizer's content, so that a run that comes
+back with its own tokenizer finds what was encoded when that tokenizer was trained. Prepared data
+that turn out damaged are made again: they are a cache, and making them again gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Literal
 
 from snugpt.data.corpus import Corpus, read_corpus
 from snugpt.data.documents import BUILTIN_HINT
+from snugpt.data.durable_file import write_durably
 from snugpt.data.shards import TokenShard, open_shard, shard_writer
 from snugpt.data.split import Split, SplitName, choose_split, validation_bytes
 from snugpt.data.tokenizer import Tokenizer, byte_tokenizer, split_pieces, train_tokenizer
@@ -79,17 +82,25 @@ def prepare(
     is_byte = tokenizer is not None and tokenizer.is_byte
     row_bytes = (seq_len + 1) * (1 if is_byte else _BYTES_PER_BPE_TOKEN)
     num_validation_bytes = validation_bytes(corpus.num_bytes, row_bytes)
-    encoding = tokenizer.sha256 if tokenizer else f"bpe {vocab_size} {_TOKENIZER_SAMPLE_BYTES}"
-    identity = _sha256(f"{_PREPARATION_VERSION} {corpus.sha256} {num_validation_bytes} {encoding}")
-    folder = cache_dir / "prepared" / identity[:24]
-    data = _cached(corpus, folder)
+
+    def place(encoding: str) -> Path:
+        content = f"{_PREPARATION_VERSION} {corpus.sha256} {num_validation_bytes} {encoding}"
+        return cache_dir / "prepared" / hashlib.sha256(content.encode()).hexdigest()[:24]
+
+    asked = place(f"bpe {vocab_size} {_TOKENIZER_SAMPLE_BYTES}").with_suffix(".sha256")
+    known_sha256 = tokenizer.sha256 if tokenizer else _read_name(asked)
+    data = _cached(corpus, known_sha256, place(known_sha256)) if known_sha256 else None
     if data is None:
         split = choose_split(corpus.documents(), num_validation_bytes)
         if tokenizer is None:
             assert vocab_size != "byte"
             tokenizer = _train(corpus, split, vocab_size, report)
-        _encode(corpus, split, tokenizer, folder, report)
-        data = _open(corpus, folder)
+            write_durably(asked, tokenizer.sha256.encode())
+        folder = place(tokenizer.sha256)
+        data = _cached(corpus, tokenizer.sha256, folder)
+        if data is None:
+            _encode(corpus, split, tokenizer, folder, report)
+            data = _open(corpus, tokenizer.sha256, folder)
     _refuse_short(data, seq_len)
     return data
 
@@ -141,23 +152,32 @@ def _side(corpus: Corpus, split: Split, side: SplitName) -> Iterator[str]:
                 yield text
 
 
-def _cached(corpus: Corpus, folder: Path) -> PreparedData | None:
+def _read_name(file: Path) -> str | None:
+    """The sha256 of a tokenizer; damaged it names no data, and they are made again."""
+    try:
+        return file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _cached(corpus: Corpus, tokenizer_sha256: str, folder: Path) -> PreparedData | None:
     if not folder.is_dir():
         return None
     try:
-        return _open(corpus, folder)
+        return _open(corpus, tokenizer_sha256, folder)
     except FailedError:
         return None
 
 
-def _open(corpus: Corpus, folder: Path) -> PreparedData:
+def _open(corpus: Corpus, tokenizer_sha256: str, folder: Path) -> PreparedData:
     train, validation = (open_shard(folder, name) for name in _SIDES)
-    tokenizer_sha256 = train.index.tokenizer_sha256
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE, expected_sha256=tokenizer_sha256)
     for shard in (train, validation):
         made_of = (shard.index.corpus_sha256, shard.index.tokenizer_sha256)
         if made_of != (corpus.sha256, tokenizer_sha256):
-            raise FailedError(f"{folder} was made of another text", hint=f"rm -r {folder}")
+            raise FailedError(
+                f"{folder} was made of another text or tokenizer", hint=f"rm -r {folder}"
+            )
     return PreparedData(
         corpus=corpus, tokenizer=tokenizer, train=train, validation=validation, folder=folder
     )
@@ -182,7 +202,3 @@ def _refuse_short(data: PreparedData, seq_len: int) -> None:
 
 def _ignore(_doing: str, _share: float) -> None:
     pass
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -25,7 +25,7 @@ from snugpt.run.memory_watch import (
     peak_resident_bytes,
     reset_peak_resident,
 )
-from snugpt.spec.measurement import Measurement, new_id, utc_now
+from snugpt.spec.measurement import Measurement, Outcome, new_id, utc_now
 from snugpt.spec.memory import Phase
 from snugpt.spec.plan import Plan
 
@@ -73,6 +73,7 @@ class MemoryMeter:
         self,
         plan: Plan,
         argv: Sequence[str],
+        outcome: Outcome = "fit",
         *,
         steps: int,
         loss: float | None,
@@ -87,7 +88,7 @@ class MemoryMeter:
             id=new_id(time),
             time=time,
             program="snugpt train",
-            outcome="fit",
+            outcome=outcome,
             gpu_id=gpu_id_of(self.device),
             gpu_name=environment.device,
             shape=plan.shape,

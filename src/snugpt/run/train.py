@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snugpt.data.loader import TrainingLoader, ValidationLoader
-from snugpt.data.prepare import PreparedData, prepare
-from snugpt.data.tokenizer import Tokenizer
+from snugpt.data.prepare import PreparedData
 from snugpt.errors import DoesNotFitError, FailedError
 from snugpt.estimate.flops import training_flops_per_token
 from snugpt.model.build import build
@@ -31,9 +29,12 @@ from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.interrupt import Interrupt
 from snugpt.run.learning_rate import rate_factor, set_rates
 from snugpt.run.receipt import MemoryMeter
+from snugpt.run.reports import EvaluationReport, Notice, StepReport, TrainingResult, Watcher
 from snugpt.run.run_folder import RunFolder, training_recipe
 from snugpt.run.run_lock import run_lock
-from snugpt.spec.measurement import Measurement
+from snugpt.run.training_text import prepare_data
+from snugpt.run.watch import is_out_of_memory
+from snugpt.spec.measurement import Measurement, Outcome
 from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import runtime_for
@@ -41,51 +42,6 @@ from snugpt.units import gib
 
 METERED_STEPS = 2  # of a new run: optimizer state exists from the second step on
 LOG_EVERY_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """One logged step. `mfu` is None where the device's rate is not known."""
-
-    step: int
-    num_steps: int
-    loss: float
-    tokens_per_s: float
-    mfu: float | None
-    seconds_left: float
-    allocated_bytes: int | None
-    reserved_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationReport:
-    """Bits per byte on the validation text after `step` steps."""
-
-    step: int
-    bits_per_byte: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
-    """A line for the person who watches."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingResult:
-    """How a run ended. `measurement` is None if it was interrupted before it was measured."""
-
-    folder: RunFolder
-    steps: int
-    finished: bool
-    interrupted_by: str | None
-    bits_per_byte: float | None
-    measurement: Measurement | None
-
-
-Report = StepReport | EvaluationReport | Notice
-Watcher = Callable[[Report], None]
 
 
 def train(
@@ -100,7 +56,8 @@ def train(
     """Train `plan` in `folder`, going on from its newest verified checkpoint if there is one.
 
     Raises:
-        DoesNotFitError: the plan says that it does not fit.
+        DoesNotFitError: the plan says that it does not fit, or memory ran out; both the run's
+            folder and the ledger then hold a measurement with the outcome "oom".
         FailedError: another process trains here, the disk fails, the loss is no number any more.
         BadQuestionError: the text is too short or another plan was run here.
     """
@@ -121,30 +78,6 @@ def train(
         data = prepare_data(plan, folder, recipe, cache_dir, watcher)
         run = _Run(plan, recipe, folder, data, interrupt, watcher)
         return run.to_the_end(ledger_folder, argv)
-
-
-def prepare_data(
-    plan: Plan, folder: RunFolder, recipe: TrainingRecipe, cache_dir: Path, watcher: Watcher
-) -> PreparedData:
-    """Tokenize the plan's text, with the tokenizer of the run if it has one already."""
-    known = folder.tokenizer_file.exists()
-    data = prepare(
-        plan.question.input or "builtin",
-        vocab_size="byte" if plan.question.byte_tokens else plan.shape.vocab_size,
-        seq_len=recipe.seq_len,
-        cache_dir=cache_dir,
-        tokenizer=Tokenizer.load(folder.tokenizer_file) if known else None,
-        progress=lambda stage, share: watcher(Notice(text=f"{stage} {share:.0%}")),
-    )
-    if data.tokenizer.vocab_size > plan.shape.vocab_size:
-        raise FailedError(
-            f"the tokenizer has {data.tokenizer.vocab_size} entries, the model"
-            f" {plan.shape.vocab_size}",
-            hint="snugpt train --name another-name",
-        )
-    if not known:
-        data.tokenizer.save(folder.tokenizer_file)
-    return data
 
 
 class _Run:
@@ -182,15 +115,34 @@ class _Run:
                 self.watcher(Notice(text=f"finished before, after step {self.step}"))
                 return self._result(None)
         try:
+            self._take_every_step(found)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._receipt(ledger_folder, argv, outcome="oom")
+            raise self._out_of_memory() from error
+        self._save()
+        measurement = self._receipt(ledger_folder, argv) if self.meter.complete else None
+        return self._result(measurement)
+
+    def _take_every_step(self, found: Checkpoint | None) -> None:
+        try:
             self.meter.start()
             self._build(found)
             self._first_steps()
         finally:
             self.meter.stop()
         self._steps()
-        self._save()
-        measurement = self._receipt(ledger_folder, argv) if self.meter.complete else None
-        return self._result(measurement)
+
+    def _out_of_memory(self) -> DoesNotFitError:
+        batch, memory = self.recipe.device_batch_size, self.plan.memory
+        smaller = f"--device-batch-size {batch // 2}" if batch > 1 else "--checkpoint blocks"
+        return DoesNotFitError(
+            f"out of memory in step {self.step + 1} with device_batch_size = {batch}; predicted"
+            f" process {gib(memory.process_bytes.expected)} of {gib(memory.capacity_bytes)};"
+            " earlier checkpoints are kept",
+            hint=f"{self.plan.command} {smaller}",
+        )
 
     def _take_over(self, found: Checkpoint) -> None:
         """Go on from a checkpoint of the same text."""
@@ -212,9 +164,11 @@ class _Run:
                 return True
         return False
 
-    def _receipt(self, ledger_folder: Path, argv: Sequence[str]) -> Measurement:
+    def _receipt(
+        self, ledger_folder: Path, argv: Sequence[str], outcome: Outcome = "fit"
+    ) -> Measurement:
         measurement = self.meter.measurement(
-            self.plan, argv, steps=self.step, loss=self.loss,
+            self.plan, argv, outcome, steps=self.step, loss=self.loss,
             bits_per_byte=self.bits_per_byte, tokens_per_s=self._tokens_per_s(),
         )  # fmt: skip
         for failure in self.meter.keep(measurement, ledger_folder, self.folder.measurement_file):
