@@ -44,12 +44,16 @@ def demo(steps: int | None, name: str | None) -> None:
     \b
     Example: snugpt demo
     """
+    from snugpt.run.run_folder import folder_for
+
     began = time.monotonic()
-    _measure_this_machine()
     question = QUESTION
     if steps is not None:
         tokens = steps * (QUESTION.total_batch_tokens or 0)
         question = msgspec.structs.replace(QUESTION, total_tokens=tokens)
+    run = name or _free_name(Path("runs"))
+    folder_for(planned(question, num_alternatives=0), run)  # refuses a name before time is spent
+    _measure_this_machine()
     _title("1  A plan for this machine")
     plan = planned(question, num_alternatives=0)
     print_plan(plan)
@@ -57,7 +61,6 @@ def demo(steps: int | None, name: str | None) -> None:
     for line in card_table(question):
         click.echo(line)
     _title("3  Training on Python's own documentation")
-    run = name or _free_name(Path("runs"))
     run_training(plan, run)
     _title("4  What it writes")
     _show_texts(run, plan)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -48,17 +52,24 @@ def generate(
             f"num_samples = {num_samples} is not allowed: 1 to 4096",
             hint=f"snugpt generate {name} --num-samples 4",
         )
-    sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=top_p, seed=seed)
+    try:
+        sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=top_p, seed=seed)
+    except BadQuestionError as error:
+        hint = f"snugpt generate {shlex.quote(name)}"
+        raise BadQuestionError(error.message, hint=hint) from None
     folder = find_run(name)
     if prompt == "-":
         prompt = sys.stdin.read()
-    trained = load_model(folder)
+    with _one_line_warnings():
+        trained = load_model(folder)
     began = time.perf_counter()
     if num_samples == 1 and not as_json:
-        click.echo(prompt, nl=False)
-        for text in text_stream(trained, prompt, max_new_tokens=max_new_tokens, sampling=sampling):
-            click.echo(text, nl=False)
+        pieces = text_stream(trained, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        first = next(pieces, "")  # what can be refused is refused here, before anything is printed
+        click.echo(prompt + first, nl=False)
+        for text in pieces:
             sys.stdout.flush()
+            click.echo(text, nl=False)
         click.echo()
     else:
         texts = sample_texts(
@@ -72,6 +83,15 @@ def generate(
         spent = f"{time.perf_counter() - began:.1f} s"
         process = gib(report.process_bytes) if report.process_bytes is not None else "unknown"
         click.echo(f"({spent}, process {process})", err=True)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show what Python warns of as one line without its place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+        yield
 
 
 def _print_samples(texts: list[str], prompt: str, *, as_json: bool) -> None:

@@ -44,7 +44,7 @@ def measure_cpu_rate(seconds: float = 10.0, tick: Callable[[float], None] | None
         step(model, optimizers, recipe, lambda micro_step: batch).item()
         times.append(time.perf_counter() - step_began)
         if tick is not None:
-            tick(min(1.0, (time.perf_counter() - began) / seconds))
+            tick(min(1.0, (time.perf_counter() - began) / max(seconds, 1e-9)))
     step_s = sorted(times[WARM_UP_STEPS:])[(len(times) - WARM_UP_STEPS) // 4]
     return executed_flops_per_token(shape, recipe) * recipe.total_batch_tokens / step_s
 
