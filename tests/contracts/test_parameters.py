@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from snugpt.estimate import parameters
 from snugpt.model.build import build, group_of
 from snugpt.model.gpt import GPT
+from snugpt.planner.answer import plan
+from snugpt.spec.presets import presets
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
@@ -86,6 +88,14 @@ def assert_counts_the_module(shape: ModelShape) -> None:
 def test_names_sizes_and_groups_are_the_modules_at_every_depth_of_the_dial(style):
     for depth in range(4, 33):
         assert_counts_the_module(shape_for(style, depth))
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_has_the_parameters_that_its_plan_says(preset):
+    made = plan(preset=preset, gpu="h200")
+    assert_counts_the_module(made.shape)
+    module = module_of(made.shape)
+    assert made.parameters.total == sum(p.numel() for p in module.parameters())
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

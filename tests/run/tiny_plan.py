@@ -11,8 +11,8 @@ import torch
 from snugpt.estimate.memory import memory_estimate
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.speed import speed_estimate
-from snugpt.run.run_folder import RunFolder
 from snugpt.run.reports import Report, TrainingResult
+from snugpt.run.run_folder import RunFolder
 from snugpt.run.train import train
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.plan import HostEstimate, Parameters, Plan

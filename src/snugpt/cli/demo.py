@@ -44,6 +44,8 @@ def demo(steps: int | None, name: str | None) -> None:
     \b
     Example: snugpt demo
     """
+    import torch
+
     from snugpt.run.run_folder import folder_for
 
     began = time.monotonic()
@@ -51,9 +53,10 @@ def demo(steps: int | None, name: str | None) -> None:
     if steps is not None:
         tokens = steps * (QUESTION.total_batch_tokens or 0)
         question = msgspec.structs.replace(QUESTION, total_tokens=tokens)
-    run = name or _free_name(Path("runs"))
+    run = _free_name(Path("runs")) if name is None else name
     folder_for(planned(question, num_alternatives=0), run)  # refuses a name before time is spent
-    _measure_this_machine()
+    if CPU_ID not in measured_rates() and not torch.cuda.is_available():
+        _measure_this_machine()
     _title("1  A plan for this machine")
     plan = planned(question, num_alternatives=0)
     print_plan(plan)
@@ -96,12 +99,6 @@ def known_share(texts: Iterable[str], known: set[str]) -> float:
 
 def _measure_this_machine() -> None:
     """Train on random tokens for ten seconds, once per machine, so that times are not guessed."""
-    if CPU_ID in measured_rates():
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        return
     from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
 
     click.echo(f"measuring how fast this machine trains ({RATE_SECONDS:.0f} s, once)", err=True)

@@ -68,8 +68,7 @@ def generate(
         first = next(pieces, "")  # what can be refused is refused here, before anything is printed
         click.echo(prompt + first, nl=False)
         for text in pieces:
-            sys.stdout.flush()
-            click.echo(text, nl=False)
+            click.echo(text, nl=False)  # which flushes
         click.echo()
     else:
         texts = sample_texts(

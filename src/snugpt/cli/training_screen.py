@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 
@@ -13,6 +14,7 @@ from snugpt.spec.measurement import COUNTERS, Measurement
 from snugpt.units import duration, gib
 
 LINE_EVERY_S = 10.0  # where the terminal can't be written over
+GAP = "  "  # between the parts of a line
 
 
 class TrainingScreen:
@@ -41,19 +43,17 @@ class TrainingScreen:
             self._open_line = False
 
     def _step(self, report: StepReport) -> None:
-        parts = [
-            f"step {report.step:>6}/{report.num_steps}",
-            f"loss {report.loss:.3f}",
-        ]
-        if report.tokens_per_s:
-            parts.append(f"{report.tokens_per_s:,.0f} tok/s")
-        if report.mfu is not None:
-            parts.append(f"MFU {report.mfu:.0%}")
-        if report.allocated_bytes is not None:
-            parts.append(f"peak {gib(report.allocated_bytes)} of {gib(self.capacity_bytes)}")
+        parts = [f"step {report.step:>6}/{report.num_steps}", f"loss {report.loss:.3f}"]
         if math.isfinite(report.seconds_left):
             parts.append(f"{duration(report.seconds_left)} left")
-        self._over("  ".join(parts), last=report.step == report.num_steps)
+        if report.tokens_per_s:
+            parts.append(f"{report.tokens_per_s:,.0f} tok/s")
+        if report.allocated_bytes is not None:
+            share = report.allocated_bytes / max(1, self.capacity_bytes)
+            parts.append(f"peak {gib(report.allocated_bytes)} ({share:.0%})")
+        if report.mfu is not None:
+            parts.append(f"MFU {report.mfu:.0%}")
+        self._over(parts, last=report.step == report.num_steps)
 
     def _notice(self, notice: Notice) -> None:
         stage, _, share = notice.text.rpartition(" ")
@@ -61,16 +61,22 @@ class TrainingScreen:
             self._whole(notice.text)
         elif self.live or stage != self._stage:
             self._stage = stage
-            self._over(notice.text if self.live else stage, last=not self.live)
+            self._over([notice.text if self.live else stage], last=not self.live)
 
-    def _over(self, line: str, *, last: bool = False) -> None:
-        """Show a line that the next one may replace."""
+    def _over(self, parts: list[str], *, last: bool = False) -> None:
+        """Show a line that the next one may replace; what is too much for a terminal is left out.
+
+        A line that wraps could not be written over.
+        """
         now_s = time.monotonic()
         if self.live:
-            click.echo(f"\r\x1b[K{line[:79]}", nl=False, err=True)
+            room = shutil.get_terminal_size().columns - 1
+            while len(parts) > 1 and len(GAP.join(parts)) > room:
+                parts = parts[:-1]
+            click.echo(f"\r\x1b[K{GAP.join(parts)[:room]}", nl=False, err=True)
             self._open_line = True
         elif last or now_s - self._shown_s >= LINE_EVERY_S:
-            click.echo(line, err=True)
+            click.echo(GAP.join(parts), err=True)
             self._shown_s = now_s
 
     def _whole(self, line: str) -> None:

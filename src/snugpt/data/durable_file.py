@@ -31,7 +31,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise FailedError(
             f"could not write {path}: {error.strerror or error}",
@@ -50,8 +50,9 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable once its folder is on disk. Only POSIX can open a folder for that.
+def sync_folder(folder: Path) -> None:
+    """Force a folder to disk: only then is a rename in it durable."""
+    # Only POSIX can open a folder for that.
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from snugpt.estimate import parameters
 from snugpt.model.gpt import DTYPES, GPT
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -40,12 +41,7 @@ def build_for_generation(shape: ModelShape, runtime: Runtime, weight_dtype: str,
 
 def group_of(name: str) -> ParameterGroup:
     """The group of a parameter by the name it has in `GPT`."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in ("embedding", "positions"):
-        return "embedding"
-    if leaf == "value_embedding" or leaf == "head":
-        return leaf
-    return "norms" if leaf.endswith("norm") else "matrices"
+    return parameters.group_of(name.rsplit(".", 1)[-1])
 
 
 @torch.no_grad()

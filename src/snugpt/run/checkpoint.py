@@ -26,6 +26,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from snugpt.data.durable_file import sync_folder
 from snugpt.errors import FailedError, bad_value
 from snugpt.run import manifest
 from snugpt.run.manifest import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
@@ -102,8 +103,8 @@ def save_checkpoint(
             }
             manifest.write_manifest(temporary, files)
             temporary.rename(target)
-        _sync_folder(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     _delete_old(folder, target, keep)
     return target
 
@@ -295,17 +296,6 @@ def _check_free_disk(folder: Path, tensors: Sequence[Tensor]) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise FailedError(f"{gib(needed_bytes)} of disk needed, {gib(free_bytes)} free")
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable once its folder is on disk. Only POSIX can open a folder for that.
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _random_state(device: torch.device) -> dict[str, str]:
