@@ -72,3 +72,10 @@ def test_nothing_found_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -> 
 def test_bad_filters_exit_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["gpus", *flags]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_columns_of_the_table_do_not_run_into_each_other(capsys) -> None:
+    assert run(["gpus"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line.split()) == len(lines[0].split()) for line in lines[:-1])
+    assert not any("e+" in line for line in lines)

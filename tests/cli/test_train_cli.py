@@ -131,8 +131,8 @@ def test_a_plan_and_flags_together_are_refused(door: Door) -> None:
 
 # A field of plan.json, what is put there, and what the error names.
 EDITS: list[tuple[str, Any, str]] = [
-    ("schema", 2, "schema 2, this is 1"),
-    ("schema", None, "schema None, this is 1"),
+    ("schema", 2, "schema"),
+    ("schema", None, "schema"),
     ("recipe.device_batch_size", -1, "device_batch_size = -1"),
     ("recipe.device_batch_size", 3, "total_batch_tokens = 128 is not 3 x 32"),
     ("recipe.total_batch_tokens", 100, "total_batch_tokens = 100"),

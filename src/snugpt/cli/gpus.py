@@ -90,7 +90,7 @@ def _print_table(found: list[Gpu]) -> None:
     for gpu in found:
         flops = RECALLED if "flops" in gpu.recalled else ""
         rates = (gpu.flops.get(name) for name in RATES)
-        cells = [f"{flops}{rate / 1e12:.3g}" if rate else "-" for rate in rates]
+        cells = [flops + _tera(rate) if rate else "-" for rate in rates]
         usable = _figure(gpu, "usable_bytes", f"{gpu.usable_bytes / GIB:.1f}")
         per_s = f"{gpu.bandwidth_bytes_per_s / 1e9:.0f}"
         bandwidth = _figure(gpu, "bandwidth_bytes_per_s", per_s)
@@ -100,6 +100,11 @@ def _print_table(found: list[Gpu]) -> None:
     click.echo(
         f"GiB a process can have; rates in TFLOP/s; {RECALLED} recalled, not read from a source."
     )
+
+
+def _tera(rate: float) -> str:
+    """A rate in TFLOP/s, three digits or whole."""
+    return f"{rate / 1e12:.3g}" if rate < 1e15 else f"{rate / 1e12:.0f}"
 
 
 def _figure(gpu: Gpu, field: str, text: str) -> str:
@@ -112,7 +117,7 @@ def _version(gpu: Gpu) -> str:
 
 def _print_card(gpu: Gpu) -> None:
     """Every field of a card with its sources."""
-    rates = ", ".join(f"{name} {rate / 1e12:.4g}" for name, rate in gpu.flops.items())
+    rates = ", ".join(f"{name} {_tera(rate)}" for name, rate in gpu.flops.items())
     fields = {
         "card": f"{gpu.id}: {gpu.name}",
         "memory": f"{gib(gpu.memory_bytes)}, {gib(gpu.usable_bytes)} of it for a process",

@@ -56,9 +56,7 @@ def training_rate(gpu: Gpu, dtype: str, measured_flops_per_s: float | None = Non
 
 
 def dense_rate(gpu: Gpu, dtype: str) -> float:
-    """The card's dense rate for a compute dtype; fp32 uses TF32 where the card has it."""
-    if dtype == "fp32" and "tf32" in gpu.flops:
-        return gpu.flops["tf32"]
+    """The card's dense rate for a compute dtype; fp32 is plain fp32, as PyTorch leaves TF32 off."""
     rates: dict[str, float] = {str(name): rate for name, rate in gpu.flops.items()}
     return rates.get(dtype, rates["fp32"])
 
