@@ -12,7 +12,7 @@ import pytest
 from door import Door, refusal
 
 from snugpt.cli import demo as demo_module
-from snugpt.cli.demo import CARDS, PROMPTS, known_share
+from snugpt.cli.demo import CARDS, PROMPTS, known_share, one_line
 from snugpt.data.builtin import builtin_file
 from snugpt.spec.measurement import measurement_from_json
 
@@ -99,6 +99,14 @@ def test_the_next_demo_has_the_next_name(monkeypatch: pytest.MonkeyPatch) -> Non
         names.append(demo_module._free_name(Path("runs")))
         Path("runs", names[-1]).mkdir(parents=True)
     assert names == ["demo", "demo-2", "demo-3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(" is\n  here", " is here"), ("s are", "s are"), ("\n\nNew. ", " New."), ("", "")],
+)
+def test_a_text_on_one_line_keeps_the_space_after_its_prompt(text: str, shown: str) -> None:
+    assert one_line("The file", text) == shown
 
 
 def test_known_words_are_counted_from_four_letters_on() -> None:

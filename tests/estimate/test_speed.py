@@ -85,7 +85,7 @@ def test_a_measured_rate_stands_for_the_assumed_share() -> None:
 
 def test_the_dense_rate_is_that_of_the_number_format() -> None:
     assert dense_rate(CARD, "bf16") == 1.2e14
-    assert dense_rate(CARD, "fp32") == 6e13  # TF32
+    assert dense_rate(CARD, "fp32") == CARD.flops["fp32"]  # TF32 is off unless asked for
     assert dense_rate(PROCESSOR, "bf16") == 2e11  # no fast path: fp32's
 
 

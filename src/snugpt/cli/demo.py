@@ -91,6 +91,11 @@ def card_table(question: Question) -> Iterator[str]:
     yield "predicted; there is no record from a GPU yet"
 
 
+def one_line(prompt: str, text: str) -> str:
+    """The text that follows a prompt, its line breaks and indents made single spaces."""
+    return " ".join((prompt + text).split())[len(prompt) :]
+
+
 def known_share(texts: Iterable[str], known: set[str]) -> float:
     """The share of words of four letters and more that are among the known ones."""
     words = [word for text in texts for word in WORD.findall(text.lower())]
@@ -117,7 +122,7 @@ def _show_texts(run: str, plan: Plan) -> None:
         (text,) = sample_texts(
             trained, prompt, max_new_tokens=NEW_TOKENS, sampling=sampling, count=1
         )
-        click.echo(click.style(prompt, bold=True) + " ".join(text.split()))
+        click.echo(click.style(prompt, bold=True) + one_line(prompt, text))
         click.echo()
     room = plan.shape.context_len - 8
     texts = sample_texts(
