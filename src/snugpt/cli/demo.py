@@ -35,7 +35,7 @@ RATE_SECONDS = 10.0
 @click.command()
 @click.option("--steps", type=click.IntRange(1, 100_000), help="Fewer or more training steps.")
 @click.option("--name", help="Name of the run under runs/; default: demo, demo-2, ...")
-def demo(steps: int | None, name: str | None) -> None:
+def demo(steps: int | None, name: str | None) -> int:
     """Plan for this machine, train a small GPT on real English, generate, print the receipt.
 
     The text is the documentation that came with Python, so nothing is downloaded. Three minutes on
@@ -64,7 +64,9 @@ def demo(steps: int | None, name: str | None) -> None:
     for line in card_table(question):
         click.echo(line)
     _title("3  Training on Python's own documentation")
-    run_training(plan, run)
+    interrupted = run_training(plan, run)
+    if interrupted:
+        return interrupted
     _title("4  What it writes")
     _show_texts(run, plan)
     _title(f"Done in {duration(time.monotonic() - began)}. Now yours:")
@@ -72,6 +74,7 @@ def demo(steps: int | None, name: str | None) -> None:
     click.echo(f"  snugpt generate {run} --prompt 'The file'   more of this model")
     click.echo("  snugpt train --input my-texts/ --hours 1   train on your own text")
     click.echo("  snugpt records                             predicted ÷ measured so far")
+    return 0
 
 
 def card_table(question: Question) -> Iterator[str]:

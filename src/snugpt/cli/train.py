@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ LEFT_OUT = ("task", "model", *GENERATION_ONLY)
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The measurement as one JSON object.")
 @question_options(leave_out=LEFT_OUT)
-def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any) -> None:
+def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any) -> int:
     """Train by a plan.json, or by flags, which are planned first. A run that exists goes on.
 
     Ctrl-C and SIGTERM save and say how to go on. The text is --input, or the one built in.
@@ -50,18 +52,21 @@ def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any)
         if not as_json:
             print_plan(plan)
             click.echo()
-    run_training(plan, name, as_json=as_json)
+    return run_training(plan, name, as_json=as_json)
 
 
-def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> None:
-    """Train a plan with its progress on stderr and its receipt on stdout."""
+def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
+    """Train a plan with its progress on stderr and its receipt on stdout; return the exit code.
+
+    A run that a signal ended exits with 128 + its number, as shells give it: 130 for Ctrl-C.
+    """
     from snugpt.cli.training_screen import TrainingScreen, receipt_lines
     from snugpt.run.run_folder import folder_for
     from snugpt.run.train import train as train_plan
 
     folder = folder_for(plan, name)
     argv = ("snugpt", *sys.argv[1:])
-    click.echo(f"run   {folder.path}\nargv  {' '.join(argv)}", err=True)
+    click.echo(f"run   {folder.path}\nargv  {shlex.join(argv)}", err=True)
     screen = TrainingScreen(plan.memory.capacity_bytes)
     try:
         result = train_plan(
@@ -77,17 +82,23 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> None
             f"  snugpt train {folder.plan_file} --name {run}",
             err=True,
         )
-    if as_json and result.measurement is not None:
+    measurement = result.measurement
+    if measurement is None and result.finished and folder.measurement_file.exists():
+        from snugpt.spec.measurement import measurement_from_json
+
+        measurement = measurement_from_json(folder.measurement_file.read_bytes())
+    if as_json and measurement is not None:
         import msgspec
 
-        click.echo(msgspec.json.encode(result.measurement).decode())
-    elif result.measurement is not None:
-        for line in receipt_lines(result.measurement):
+        click.echo(msgspec.json.encode(measurement).decode())
+    elif measurement is not None:
+        for line in receipt_lines(measurement):
             click.echo(line)
-    elif result.finished:
-        click.echo(f"{folder.path} has been trained to its end already", err=True)
     if result.finished:
         click.echo(f"generate with: snugpt generate {run} --prompt 'The file'", err=True)
+    if result.interrupted_by is not None and not result.finished:
+        return 128 + signal.Signals[result.interrupted_by].value
+    return 0
 
 
 def _with_text(question: Question) -> Question:

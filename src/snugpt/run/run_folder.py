@@ -67,13 +67,19 @@ class RunFolder:
         Raises:
             FailedError: another plan was run here, or the folder can't be written.
         """
-        if self.plan_file.exists():
-            self._check_same(plan)
-        else:
+        self.check_same(plan)
+        if not self.plan_file.exists():
             write_durably(self.plan_file, encode_plan(plan))
         _append_line(self.path / "argv", shlex.join(argv).encode("utf-8", "surrogateescape"))
 
-    def _check_same(self, plan: Plan) -> None:
+    def check_same(self, plan: Plan) -> None:
+        """Refuse another plan than the one that was begun here, if one was.
+
+        Raises:
+            FailedError: the plan here has another shape or recipe.
+        """
+        if not self.plan_file.exists():
+            return
         before = self.plan()
         for field in ("shape", "recipe"):
             if getattr(before, field) != getattr(plan, field):

@@ -68,16 +68,24 @@ def train(
             f" {gib(plan.memory.capacity_bytes)}",
             hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
         )
-    if plan.gpu.backend == "cuda" and not torch.cuda.is_available():
+    backend = plan.gpu.backend
+    if backend != "cpu" and not (backend == "cuda" and torch.cuda.is_available()):
+        why = (
+            "torch finds no CUDA device here" if backend == "cuda" else f"{backend} can't train yet"
+        )
         raise FailedError(
-            f"the plan is for {plan.gpu.name}, and torch finds no CUDA device here",
+            f"the plan is for {plan.gpu.name}, and {why}",
             hint=f"snugpt plan --gpu cpu --layers {plan.shape.num_layers}",
         )
-    with Interrupt() as interrupt, run_lock(folder.path):
-        folder.begin(plan, argv)
-        data = prepare_data(plan, folder, recipe, cache_dir, watcher)
-        run = _Run(plan, recipe, folder, data, interrupt, watcher)
-        return run.to_the_end(ledger_folder, argv)
+    with Interrupt() as interrupt:
+        folder.check_same(plan)
+        data = prepare_data(plan, folder, recipe, cache_dir, watcher)  # refused text leaves no run
+        with run_lock(folder.path):
+            folder.begin(plan, argv)
+            if not folder.tokenizer_file.exists():
+                data.tokenizer.save(folder.tokenizer_file)
+            run = _Run(plan, recipe, folder, data, interrupt, watcher)
+            return run.to_the_end(ledger_folder, argv)
 
 
 class _Run:

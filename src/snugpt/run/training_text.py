@@ -32,6 +32,4 @@ def prepare_data(
             f" {plan.shape.vocab_size}",
             hint="snugpt train --name another-name",
         )
-    if not known:
-        data.tokenizer.save(folder.tokenizer_file)
     return data

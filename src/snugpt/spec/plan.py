@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, FailedError
+from snugpt.errors import BadQuestionError, FailedError, bad_value
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis, MemoryEstimate
 from snugpt.spec.question import Question
@@ -101,6 +101,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ladder: tuple[Rung, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        recipe, context = self.recipe, self.shape.context_len
+        if isinstance(recipe, TrainingRecipe) and recipe.seq_len > context:
+            raise bad_value("seq_len", recipe.seq_len, f"up to the model's context, {context}")
+
 
 def encode_plan(plan: Plan) -> bytes:
     """Write a plan as indented JSON."""
@@ -130,9 +135,9 @@ def decode_plan(raw: bytes, name: str) -> Plan:
     try:
         schema = msgspec.json.decode(raw, type=dict[str, Any]).get("schema")
         if schema != SCHEMA:
-            raise BadQuestionError(f"{name} has schema {schema!r}, this is {SCHEMA}", hint=hint)
+            raise bad_value("schema", schema, f"this snugpt reads {SCHEMA}")
         return msgspec.json.decode(raw, type=Plan)
     except BadQuestionError as error:
-        raise BadQuestionError(f"{name}: {error.message}", hint=error.hint or hint) from None
+        raise BadQuestionError(f"{name}: {error.message}", hint=hint) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadQuestionError(f"{name} is not a plan: {error}", hint=hint) from None
