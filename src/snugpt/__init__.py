@@ -40,6 +40,10 @@ _VERBS = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'snugpt' has no attribute {name!r}")

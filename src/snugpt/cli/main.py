@@ -95,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run the command line; return the exit code."""
+    argv = argv or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without our block characters gets "?"
             stream.reconfigure(errors="replace")
     try:
         code = doors.main(with_hyphens(argv), prog_name="snugpt", standalone_mode=False)
-        sys.stdout.flush()  # a closed pipe is noticed here and not at exit
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe is noticed here and not at exit
         return code if isinstance(code, int) else 0
     except SnugError as error:
         verb = f"{argv[0]} " if argv and argv[0] in VERBS else ""
@@ -123,6 +125,12 @@ def run(argv: list[str]) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return 0
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _silence_stdout()
+        say_error(f"output can't be written: {error.strerror}", "df -h .")
+        return 1
 
 
 def with_hyphens(argv: list[str]) -> list[str]:

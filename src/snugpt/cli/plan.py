@@ -10,12 +10,14 @@ import click
 
 from snugpt.cli.options import QuestionCommand, question_from, question_options
 from snugpt.cli.screen import colour, print_plan
-from snugpt.errors import DoesNotFitError
+from snugpt.errors import BadQuestionError, DoesNotFitError, bad_value
 from snugpt.planner.answer import MOST_ALTERNATIVES, answer
+from snugpt.planner.command import command_line
 from snugpt.planner.horizon import CorpusSize
 from snugpt.spec.host import default_cache_folder
 from snugpt.spec.plan import Plan, encode_plan
 from snugpt.spec.question import Question
+from snugpt.spec.recipe import TrainingRecipe
 from snugpt.units import gib
 
 
@@ -44,6 +46,8 @@ def plan(as_json: bool, output: Path | None, measure: bool, **flags: Any) -> Non
         from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
 
         keep_cpu_rate(default_cache_folder(), measure_cpu_rate())
+    if output is not None:
+        _check_output(output)
     whole = as_json or output is not None
     made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 0)
     if as_json:
@@ -57,6 +61,20 @@ def plan(as_json: bool, output: Path | None, measure: bool, **flags: Any) -> Non
 
         write_durably(output, encode_plan(made))
         click.echo(f"written to {output}", err=True, color=colour())
+
+
+def _check_output(output: Path) -> None:
+    """Refuse what is no place for a file: it is replaced whole, devices and links must not be."""
+    try:
+        usable = output.name != "" and output.parent.is_dir() and not output.is_symlink()
+        usable = usable and (output.is_file() or not output.exists())
+    except (OSError, ValueError):
+        usable = False
+    if str(output) == "-" or not usable:
+        raise bad_value(
+            "output", str(output), "a file's path in a folder that exists",
+            hint="snugpt plan --depth 12 -o plan.json",
+        )  # fmt: skip
 
 
 def planned(question: Question, num_alternatives: int = MOST_ALTERNATIVES) -> Plan:
@@ -73,7 +91,15 @@ def planned(question: Question, num_alternatives: int = MOST_ALTERNATIVES) -> Pl
 
     measured = measure_corpus(question.input, default_cache_folder())
     size = CorpusSize(num_bytes=measured.num_bytes, num_characters=measured.num_characters)
-    return answer(question, corpus=size, num_alternatives=num_alternatives)
+    made = answer(question, corpus=size, num_alternatives=num_alternatives)
+    assert isinstance(made.recipe, TrainingRecipe)
+    if measured.num_bytes <= made.recipe.seq_len:  # a token is a byte at least
+        raise BadQuestionError(
+            f"input = {question.input!r} has {measured.num_bytes} bytes, one row takes"
+            f" {made.recipe.seq_len + 1} tokens",
+            hint=command_line(question, input="builtin"),
+        )
+    return made
 
 
 def does_not_fit(made: Plan) -> DoesNotFitError:

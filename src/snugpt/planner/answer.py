@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from snugpt.errors import BadQuestionError
+from snugpt.errors import BadQuestionError, bad_value
 from snugpt.estimate.memory import runtime_of, timeline_of
 from snugpt.estimate.parameters import num_parameters, parameter_groups
 from snugpt.estimate.speed import speed_estimate
@@ -28,7 +28,7 @@ from snugpt.spec.plan import (
     Plan,
     SpeedEstimate,
 )
-from snugpt.spec.question import Question
+from snugpt.spec.question import ALIASES, Question
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
 from snugpt.units import GIB, gib
 
@@ -41,6 +41,8 @@ DEFAULT_WHEELS = "default wheels"
 
 def plan(*, corpus: CorpusSize | None = None, **fields: Any) -> Plan:
     """Return the plan for a Question's fields: `plan(gpu="rtx-4090", depth=12)`.
+
+    Fields are the flags of `snugpt plan`, with underscores; `reserve` is in bytes here.
 
     `corpus` is the length of the text named by `input`, where that is known.
 
@@ -58,7 +60,9 @@ def question_of(fields: dict[str, Any]) -> Question:
     """
     from snugpt.spec.config_file import checked_question
 
-    return checked_question(fields, where="plan")
+    return checked_question(
+        {ALIASES.get(name, name): value for name, value in fields.items()}, where="plan"
+    )
 
 
 def answer(
@@ -78,6 +82,12 @@ def answer(
         BadQuestionError: the question can't be answered as asked.
     """
     machine = machine or machine_for(question.gpu)
+    if question.reserve >= machine.capacity_bytes:
+        raise bad_value(
+            "reserve", gib(question.reserve),
+            f"below the {gib(machine.capacity_bytes)} of {machine.gpu.name}",
+            hint=command_line(question, reserve=0),
+        )  # fmt: skip
     asked = _named(question, machine)
     made = draft(asked, machine, corpus)
     choice = choose(made.found, made.asked, made.shape, machine)

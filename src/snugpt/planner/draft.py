@@ -21,6 +21,7 @@ from snugpt.planner.horizon import (
     batch_tokens,
     corpus_tokens,
     most_tokens,
+    refuse_uneven_batch,
     target_tokens,
     tokens_in,
     total_tokens,
@@ -116,6 +117,7 @@ def _training_draft(
 ) -> Draft:
     depth = dial_of(question)
     assert depth is not None
+    refuse_uneven_batch(asked)
     shape = shape_of(question, depth, corpus.num_bytes if corpus else None)
 
     def at(most: int | None, amount: Callable[[int], Amount]) -> Draft:

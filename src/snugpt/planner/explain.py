@@ -26,7 +26,9 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
         reasons["depth"] = draft.depth_rule
     if asked.compute_dtype is None:
         has = "has" if recipe.compute_dtype == "bf16" else "has no"
-        reasons["compute_dtype"] = f"{gpu.name} {has} bf16"
+        reasons["compute_dtype"] = (
+            "bf16 is for CUDA 8.0 and up" if gpu.backend == "cpu" else f"{gpu.name} {has} bf16"
+        )
     goal = "smallest" if asked.objective == "memory" else "fastest"
     goal += " that fits" if choice.memory.fits else " there is, and it does not fit"
     if not choice.memory.fits:

@@ -129,6 +129,25 @@ def batch_tokens(question: Question, shape: ModelShape, most: int | None = None)
     return _within_limit(_whole(amount, unit))
 
 
+def refuse_uneven_batch(asked: Question) -> None:
+    """Refuse a batch_size that was said and does not divide into the parts that were said.
+
+    Raises:
+        BadQuestionError: with the nearest batch_size that does.
+    """
+    batch, device, steps = asked.batch_size, asked.device_batch_size, asked.grad_accum_steps
+    unit = (device or 1) * (steps or 1)
+    if batch is None or (batch == unit if device and steps else batch % unit == 0):
+        return
+    nearest = unit if device and steps else max(unit, batch // unit * unit)
+    parts = {"device_batch_size": device, "grad_accum_steps": steps}
+    product = " x ".join(f"{name} {value}" for name, value in parts.items() if value)
+    raise BadQuestionError(
+        f"batch_size = {batch} does not divide by {product}; nearest: {nearest}",
+        hint=command_line(asked, batch_size=nearest),
+    )
+
+
 def _dial_rule(question: Question, shape: ModelShape) -> Amount:
     """nanochat's batch for a number of tokens, against depth 12 of the same vocabulary."""
     twelve = shape_for(shape.style, REFERENCE_DEPTH, vocab_size=shape.vocab_size)

@@ -67,13 +67,15 @@ class RunFolder:
         Raises:
             FailedError: another plan was run here, or the folder can't be written.
         """
-        self.check_same(plan)
+        self.check_same(plan, argv)
         if not self.plan_file.exists():
             write_durably(self.plan_file, encode_plan(plan))
         _append_line(self.path / "argv", shlex.join(argv).encode("utf-8", "surrogateescape"))
 
-    def check_same(self, plan: Plan) -> None:
+    def check_same(self, plan: Plan, argv: Sequence[str] = ()) -> None:
         """Refuse another plan than the one that was begun here, if one was.
+
+        The hint is the command that was given, with another name: the last one said counts.
 
         Raises:
             FailedError: the plan here has another shape or recipe.
@@ -85,7 +87,7 @@ class RunFolder:
             if getattr(before, field) != getattr(plan, field):
                 raise FailedError(
                     f"{self.path} holds a run with another {field}",
-                    hint=f"snugpt train --name {self.path.name}-2",
+                    hint=f"{shlex.join(argv or ('snugpt', 'train'))} --name {self.path.name}-2",
                 )
 
     def log(self, **values: Any) -> None:
@@ -149,7 +151,7 @@ def find_run(name: str, runs: Path = RUNS) -> RunFolder:
     Raises:
         BadQuestionError: there is no such run.
     """
-    for path in (runs / name, Path(name)):
+    for path in (runs / name, Path(name)) if name else ():
         if os.path.isfile(path / "plan.json"):  # False, not an error, for what no file can be named
             return RunFolder(path)
     known = sorted(p.parent.name for p in runs.glob("*/plan.json"))

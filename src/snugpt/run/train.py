@@ -9,6 +9,8 @@ and resumed takes the same steps as one that was not.
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +22,22 @@ from snugpt.data.loader import TrainingLoader, ValidationLoader
 from snugpt.data.prepare import PreparedData
 from snugpt.errors import DoesNotFitError, FailedError
 from snugpt.estimate.flops import training_flops_per_token
+from snugpt.estimate.parameters import num_parameters
 from snugpt.model.build import build
 from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step as take_step
-from snugpt.run.checkpoint import Checkpoint, load_newest, restore, save_checkpoint
+from snugpt.run.checkpoint import (
+    DISK_MARGIN_BYTES,
+    Checkpoint,
+    load_newest,
+    restore,
+    save_checkpoint,
+)
 from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.interrupt import Interrupt
 from snugpt.run.learning_rate import rate_factor, set_rates
+from snugpt.run.readiness import runnable
 from snugpt.run.receipt import MemoryMeter
 from snugpt.run.reports import EvaluationReport, Notice, StepReport, TrainingResult, Watcher
 from snugpt.run.run_folder import RunFolder, training_recipe
@@ -40,6 +50,7 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import runtime_for
 from snugpt.units import gib
 
+SMALLEST_STATE_BYTES = 8  # per parameter: an fp32 weight and at least one fp32 moment
 METERED_STEPS = 2  # of a new run: optimizer state exists from the second step on
 LOG_EVERY_S = 1.0
 
@@ -61,24 +72,10 @@ def train(
         FailedError: another process trains here, the disk fails, the loss is no number any more.
         BadQuestionError: the text is too short or another plan was run here.
     """
+    plan = runnable(plan, watcher)
     recipe = training_recipe(plan)
-    if not plan.fits:
-        raise DoesNotFitError(
-            f"the plan does not fit: process {gib(plan.memory.process_bytes.high)} of"
-            f" {gib(plan.memory.capacity_bytes)}",
-            hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
-        )
-    backend = plan.gpu.backend
-    if backend != "cpu" and not (backend == "cuda" and torch.cuda.is_available()):
-        why = (
-            "torch finds no CUDA device here" if backend == "cuda" else f"{backend} can't train yet"
-        )
-        raise FailedError(
-            f"the plan is for {plan.gpu.name}, and {why}",
-            hint=f"snugpt plan --gpu cpu --layers {plan.shape.num_layers}",
-        )
     with Interrupt() as interrupt:
-        folder.check_same(plan)
+        folder.check_same(plan, argv)
         data = prepare_data(plan, folder, recipe, cache_dir, watcher)  # refused text leaves no run
         with run_lock(folder.path):
             folder.begin(plan, argv)
@@ -134,6 +131,7 @@ class _Run:
         return self._result(measurement)
 
     def _take_every_step(self, found: Checkpoint | None) -> None:
+        self._refuse_full_disk()
         try:
             self.meter.start()
             self._build(found)
@@ -141,6 +139,16 @@ class _Run:
         finally:
             self.meter.stop()
         self._steps()
+
+    def _refuse_full_disk(self) -> None:
+        """Say before the first step that the last could not be saved."""
+        needed_bytes = num_parameters(self.plan.shape) * SMALLEST_STATE_BYTES + DISK_MARGIN_BYTES
+        free_bytes = shutil.disk_usage(self.folder.path).free
+        if free_bytes < needed_bytes:
+            raise FailedError(
+                f"a checkpoint needs {gib(needed_bytes)} of disk, {gib(free_bytes)} are free",
+                hint=shlex.join(["df", "-h", str(self.folder.path)]),
+            )
 
     def _out_of_memory(self) -> DoesNotFitError:
         batch, memory = self.recipe.device_batch_size, self.plan.memory
