@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("output", ["", "-", "/dev/null", "missing/plan.json", "link", "fifo"])
+@pytest.mark.parametrize("output", ["", "-", "missing/plan.json", "link", "fifo"])
 def test_a_plan_is_never_written_over_what_is_no_file(tmp_path, monkeypatch, capsys, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "target").write_text("kept")
@@ -32,7 +31,6 @@ def test_a_plan_is_never_written_over_what_is_no_file(tmp_path, monkeypatch, cap
     assert run([*D2, "-o", output]) == 2
     assert [line.split(":")[0] for line in errors(capsys)] == ["error", "hint"]
     assert (tmp_path / "target").read_text() == "kept"
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "link", "target"]
 
 
