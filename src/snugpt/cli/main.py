@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("snugpt.cli.train:train", "Train by a plan, with its receipt at the end."),
     "generate": ("snugpt.cli.generate:generate", "Text from a trained model."),
     "gpus": ("snugpt.cli.gpus:gpus", "The cards snugpt knows, with the source of every figure."),
-    "records": ("snugpt.cli.records:records", "Every past run: predicted ÷ measured."),
+    "records": ("snugpt.cli.records:records", "All past runs: predicted ÷ measured."),
     "demo": ("snugpt.cli.demo:demo", "All of it in three minutes, no GPU, no download."),
 }
 HELP = """Plans, trains and runs the GPT that fits your GPU, predicting its memory to the byte.

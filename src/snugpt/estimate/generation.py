@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net
-from snugpt.estimate.parameters import edge_weights
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.walk import forward, sequence
@@ -100,8 +99,7 @@ def _head(net: Net, stream: Buffer) -> list[Event]:
     """
     shape = net.shape
     last = Net(shape, net.runtime, net.compute_dtype, 1, casts_weights=False, drops=False)
-    weights = edge_weights(shape)
-    head = weights["embedding"] if shape.tied_embeddings else weights["head"]
+    head = stack.head_weight(shape)
     one = Buffer("norm outputs", "activations", 0, shape.model_dim * net.width_bytes, "B·C")
     statistics = Buffer("norm statistics", "activations", 0, FP32, "B·4")
     logits = kind.next_logits(last, one, head)

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from snugpt.estimate.operations import Weight
 from snugpt.spec.shape import GATE_CHANNELS, ModelShape, ParameterGroup
 
-Named = tuple[Weight, ParameterGroup]
-
 
 def layer_weights(shape: ModelShape, layer: int) -> dict[str, Weight]:
     """The weights of one layer by the name they have in `Block`; a vector has one row."""

@@ -12,7 +12,7 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
+from snugpt.estimate.parameters import all_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
@@ -21,8 +21,6 @@ from snugpt.spec.memory import Phase
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
-
-Layers = dict[bool, Part]  # one layer of each kind: with and without a value embedding
 
 TRANSPOSE_TILE = 60  # PyTorch copies a transposed matrix by tiles of 60 x 60 (aten/native/Copy.cpp)
 CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
@@ -42,8 +40,7 @@ class TrainingStep:
         self.stream = net.per_token("residual stream", shape.model_dim, "C")
         self.gradient = net.gradient_of(self.stream)
         self.norm = stack.last_norm(net, self.stream)
-        weights = edge_weights(shape)
-        head = weights["embedding"] if shape.tied_embeddings else weights["head"]
+        head = stack.head_weight(shape)
         self.loss = kind.head_loss(net, self.norm.result, head, self.chunk)
         self.embedding_keeps = any(
             self.embedding.result in op.keeps for op in self.embedding.operations

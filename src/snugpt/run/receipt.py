@@ -18,14 +18,14 @@ from snugpt.data.durable_file import write_durably
 from snugpt.errors import FailedError
 from snugpt.ledger import store
 from snugpt.run.cpu_allocations import CpuAllocations
-from snugpt.run.environment import gpu_id_of, this_environment
+from snugpt.run.measuring import measurement_of
 from snugpt.run.memory_watch import (
     CudaCounters,
     Peaks,
     peak_resident_bytes,
     reset_peak_resident,
 )
-from snugpt.spec.measurement import Measurement, Outcome, new_id, utc_now
+from snugpt.spec.measurement import Measurement, Outcome
 from snugpt.spec.memory import Phase
 from snugpt.spec.plan import Plan
 
@@ -82,31 +82,20 @@ class MemoryMeter:
     ) -> Measurement:
         """What was counted, with the prediction it was made against."""
         peaks = self._cuda.read() if self._cuda is not None else self._cpu_peaks()
-        time = utc_now()
-        environment = this_environment(self.device)
-        return Measurement(
-            id=new_id(time),
-            time=time,
+        return measurement_of(
+            self.device,
+            peaks,
+            self._cpu.phases if self._cpu is not None else None,
             program="snugpt train",
             outcome=outcome,
-            gpu_id=gpu_id_of(self.device),
-            gpu_name=environment.device,
+            argv=argv,
             shape=plan.shape,
             recipe=plan.recipe,
             predicted=plan.memory,
-            allocated_bytes=peaks.allocated_bytes,
-            reserved_bytes=peaks.reserved_bytes,
-            process_bytes=peaks.process_bytes,
-            counters=peaks.counters,
-            phases=dict(self._cpu.phases) if self._cpu is not None else None,
-            alloc_retries=peaks.alloc_retries,
-            num_ooms=peaks.num_ooms,
             tokens_per_s=tokens_per_s,
             steps=steps,
             final_loss=loss,
             bits_per_byte=bits_per_byte,
-            environment=environment,
-            argv=tuple(argv),
         )
 
     def keep(self, measurement: Measurement, ledger_folder: Path, file: Path) -> list[str]:

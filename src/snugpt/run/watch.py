@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from snugpt.errors import FailedError, bad_value
 from snugpt.ledger.store import append
-from snugpt.run.environment import gpu_id_of, this_environment
+from snugpt.run.measuring import measurement_of
 from snugpt.run.memory_watch import (
     CpuAllocations,
     CudaCounters,
@@ -31,7 +31,7 @@ from snugpt.run.memory_watch import (
     reset_peak_resident,
 )
 from snugpt.spec.host import default_ledger_folder
-from snugpt.spec.measurement import Measurement, Outcome, new_id, utc_now
+from snugpt.spec.measurement import Measurement, Outcome
 from snugpt.spec.memory import MemoryEstimate, Phase
 from snugpt.spec.recipe import Recipe
 from snugpt.spec.shape import ModelShape
@@ -136,27 +136,16 @@ class Watch:
 
     def _measure(self, outcome: Outcome) -> Measurement:
         peaks = self._cuda.read() if self._cuda else self._cpu_peaks()
-        environment = this_environment(self._device)
-        moment = utc_now()
-        return Measurement(
-            id=new_id(moment),
-            time=moment,
+        return measurement_of(
+            self._device,
+            peaks,
+            self._cpu.phases if self._cpu else None,
             program=self._program,
             outcome=outcome,
-            gpu_id=gpu_id_of(self._device),
-            gpu_name=environment.device,
+            argv=sys.argv,
             **self._question,
-            allocated_bytes=peaks.allocated_bytes,
-            reserved_bytes=peaks.reserved_bytes,
-            process_bytes=peaks.process_bytes,
-            counters=peaks.counters,
-            phases=self._cpu.phases if self._cpu else None,
-            alloc_retries=peaks.alloc_retries,
-            num_ooms=peaks.num_ooms,
             tokens_per_s=self._tokens_per_s(),
             steps=self._steps or None,
-            environment=environment,
-            argv=tuple(sys.argv),
         )
 
     def _cpu_peaks(self) -> Peaks:

@@ -15,8 +15,6 @@ from snugpt.spec.recipe import BYTES
 from snugpt.spec.runtime import mask_columns
 from snugpt.spec.shape import ModelShape
 
-NAME = "snugpt"
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -126,9 +124,9 @@ def last_norm(net: Net, x: Buffer) -> Operation:
     return _norm(net, x, edge_weights(net.shape).get("norm"))
 
 
-def head_weight(shape: ModelShape, weights: dict[str, Weight]) -> Weight:
+def head_weight(shape: ModelShape) -> Weight:
     """The output projection: the embedding itself where they are tied."""
-    return weights["embedding"] if shape.tied_embeddings else weights["head"]
+    return edge_weights(shape)["embedding" if shape.tied_embeddings else "head"]
 
 
 def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
