@@ -84,6 +84,8 @@ SNUGPT = Stack(
             "checkpoint": ("none", "blocks"),
             "optimizer": ("muon", "adamw"),
             "fp8": ("off",),
+            "compile": ("off",),
+            "sharding": ("none",),
             "compute_dtype": ("bf16", "fp32"),
             "launcher": ("python",),
         }
@@ -107,6 +109,8 @@ def _nanochat(version: Version) -> Stack:
                 "checkpoint": ("none",),
                 "optimizer": ("muon",),
                 "fp8": ("off", "on") if version.fp8 else ("off",),
+                "compile": ("on",),
+                "sharding": ("none", "optimizer"),
                 "compute_dtype": ("bf16",),
                 "launcher": ("python", "torchrun"),
             }
