@@ -43,6 +43,11 @@ def efficient_backward(T: int, H: int, D: int, element_bytes: int) -> tuple[int,
     return (rows * FP32, rows * D * FP32) if element_bytes < FP32 else (rows * FP32,)
 
 
+def multinomial(V: int) -> int:
+    """Exponential noise the size of the probabilities (aten/native/Distributions.cpp), fp32."""
+    return V * FP32
+
+
 def cpu_attention_tile(T: int, S: int) -> tuple[int, int]:
     """Tile of the CPU's kernel in queries and keys (FlashAttentionKernel.cpp)."""
     queries = 256 if T >= 768 else 64 if T >= 192 else 32
@@ -100,6 +105,7 @@ ASSUMED: tuple[Assumed, ...] = (
     Assumed("norms of all gradients (_foreach_norm)", "cuda", "none counted",
             "ATen/native/cuda/ForeachReduceOp.cu"),
     Assumed("sums and means over an axis", "cuda", "none counted", "ATen/native/cuda/Reduce.cuh"),
+    Assumed("drawing a token (multinomial)", "both", "B·V·4", "ATen/native/Distributions.cpp"),
     Assumed("attention, forward", "cpu", "tile·(keys + 2 + D)·4 per thread",
             "ATen/native/cpu/FlashAttentionKernel.cpp"),
     Assumed("attention, backward", "cpu", "2 tiles·4 per thread + tile rows·4",

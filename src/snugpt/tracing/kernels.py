@@ -72,12 +72,17 @@ def _fused_rms_norm_backward(grad, x, normalized_shape, rstd, weight, output_mas
 def scratch_of(runtime: Runtime):
     """Return the function that tells what an operation's kernel takes for itself, in bytes."""
     rules = _cuda_rules() if runtime.device == "cuda" else _cpu_rules(runtime.num_threads)
+    rules[aten.multinomial.default] = _multinomial
 
     def inside(func, args, result) -> tuple[int, ...]:
         rule = rules.get(func)
         return () if rule is None else rule(*args)
 
     return inside
+
+
+def _multinomial(probabilities: Tensor, *_) -> tuple[int, ...]:  # (B, V)
+    return (probabilities.shape[0] * scratch.multinomial(probabilities.shape[1]),)
 
 
 def _cuda_rules():
