@@ -20,6 +20,7 @@ class NaiveAllocator:
         self.segments: list[dict] = []  # pool, base, pages: {number}, page, length
         self.used: dict[int, list] = {}  # address: [size, pool, other streams, state]
         self.reserved = self.retries = self.ooms = 0
+        self.log: list[tuple[str, int, int, int]] = []  # action, address, bytes, stream
 
     @property
     def allocated(self) -> int:
@@ -55,19 +56,19 @@ class NaiveAllocator:
         if self.used[address][2]:
             self.used[address][3] = "waiting"
         else:
-            del self.used[address]
+            self._gone(address)
 
     def caught_up(self, stream: int) -> None:
         for address, (_, _, streams, state) in list(self.used.items()):
             if state == "waiting":
                 streams.discard(stream)
                 if not streams:
-                    del self.used[address]
+                    self._gone(address)
 
     def give_back_cached(self) -> None:
         for address, (_, _, _, state) in list(self.used.items()):
             if state == "waiting":
-                del self.used[address]
+                self._gone(address)
         for segment in list(self.segments):
             busy = {
                 page
@@ -80,6 +81,7 @@ class NaiveAllocator:
             }
             given = segment["pages"] - busy
             self.reserved -= len(given) * segment["page"]
+            self._log_pages("free", "unmap", segment, sorted(given))
             segment["pages"] &= busy
             if given and not segment["pages"]:  # a range that never had a page stays
                 self.segments.remove(segment)
@@ -100,7 +102,7 @@ class NaiveAllocator:
                 kind = "free"
             else:
                 kind = "unmapped"
-            if found and kind != "used" and found[-1][0] == kind:
+            if found and found[-1][0] == kind and start not in inside:
                 found[-1] = (kind, found[-1][1], end)
             else:
                 found.append((kind, start, end))
@@ -132,6 +134,7 @@ class NaiveAllocator:
         self.reserved += total
         segment = self._segment(pool, page=total, length=total)
         segment["pages"] = {0}
+        self._log_pages("alloc", "map", segment, [0])
         return segment["base"], total
 
     def _map(self, size: int, pool: tuple) -> tuple[int, int] | None:
@@ -167,9 +170,25 @@ class NaiveAllocator:
                     return None
                 self.reserved += num_bytes
                 segment["pages"] |= set(hole)
+                self._log_pages("alloc", "map", segment, hole)
                 hole = []
         (end,) = (e for kind, s, e in self.stretches(segment) if kind == "free" and s == start)
         return start, end - start
+
+    def _gone(self, address: int) -> None:
+        size, pool, _, _ = self.used.pop(address)
+        self.log.append(("free_completed", address, size, pool[1]))
+
+    def _log_pages(self, native: str, expandable: str, segment: dict, pages: list[int]) -> None:
+        action = f"segment_{expandable if self.expandable else native}"
+        run: list[int] = []
+        for page in [*pages, None]:
+            if run and page != run[-1] + 1:
+                address = segment["base"] + run[0] * segment["page"]
+                size = len(run) * segment["page"]
+                self.log.append((action, address, size, segment["pool"][1]))
+                run = []
+            run.append(page)
 
     def _segment(self, pool: tuple, *, page: int, length: int) -> dict:
         self.num_segments += 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from naive_allocator import NaiveAllocator
 from training_questions import question
 
-from snugpt.estimate.allocator import Block, CachingAllocator, OutOfMemoryError
+from snugpt.estimate.allocator import CachingAllocator, OutOfMemoryError
+from snugpt.estimate.blocks import Block
 from snugpt.estimate.expandable import ExpandableAllocator
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
@@ -324,6 +325,11 @@ def test_without_room_blocks_above_the_split_limit_go_back_first() -> None:
     allocator.release(large)
     allocator.allocate(40 * MIB)
     assert (allocator.reserved, allocator.alloc_retries) == (60 * MIB, 0)  # the 20 MiB stay cached
+    allocator = CachingAllocator(110 * MIB, max_split_bytes=30 * MIB)
+    _, large = held(allocator, 60 * MIB, 40 * MIB)
+    allocator.release(large)
+    allocator.allocate(45 * MIB)  # 40 MiB of such blocks are not enough: all of the cache goes
+    assert (allocator.reserved, allocator.alloc_retries) == (106 * MIB, 1)
 
 
 def test_expandable_pages_are_2_or_20_mib_and_split_at_512_bytes() -> None:

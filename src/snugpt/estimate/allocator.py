@@ -27,8 +27,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
+from snugpt.estimate.blocks import DEFAULT_OWNER, Block, Owner, Pool, PoolKey, Stretch
 from snugpt.units import MIB
 
 SMALL_REQUEST = MIB
@@ -39,10 +39,6 @@ ROUND_SEGMENT = 2 * MIB
 MIN_BLOCK = 512
 OVERSIZE_REST = 20 * MIB  # max_non_split_rounding_size
 
-Owner = tuple[int, int]  # id of a private pool (a CUDA graph's, say)
-DEFAULT_OWNER: Owner = (0, 0)
-Stretch = tuple[int, int]  # address and bytes
-
 
 class OutOfMemoryError(Exception):
     """The capacity is spent and nothing is left to give back; `size` bytes were asked for."""
@@ -50,48 +46,6 @@ class OutOfMemoryError(Exception):
     def __init__(self, size: int) -> None:
         super().__init__(f"no room for {size} bytes")
         self.size = size
-
-
-class PoolKey(NamedTuple):
-    """What keeps blocks apart that must never serve each other's requests."""
-
-    small: bool
-    stream: int
-    owner: Owner
-
-
-class Pool:
-    """The free blocks of one kind, smallest first; `unmapped` only where segments expand."""
-
-    __slots__ = ("free", "key", "small", "unmapped")
-
-    def __init__(self, key: PoolKey) -> None:
-        self.key, self.small = key, key.small
-        self.free: list[tuple[int, int, Block]] = []
-        self.unmapped: list[tuple[int, Block]] = []
-
-
-class Block:
-    """A stretch of a segment; `before` and `after` are its neighbours in the segment.
-
-    `free` is False for a block in use, for one that waits for other streams, and for address space
-    without memory (`mapped` False).
-    """
-
-    __slots__ = ("address", "after", "before", "free", "mapped", "pool", "size")
-
-    def __init__(
-        self,
-        address: int,
-        size: int,
-        pool: Pool,
-        free: bool = False,
-        before: Block | None = None,
-        after: Block | None = None,
-        mapped: bool = True,
-    ) -> None:
-        self.address, self.size, self.pool = address, size, pool
-        self.free, self.before, self.after, self.mapped = free, before, after, mapped
 
 
 class CachingAllocator:
@@ -128,13 +82,14 @@ class CachingAllocator:
         block = self._best_fit(size, pool)
         if block is None:
             block = self._new_memory(size, pool)
-        if self._splits(block, size):
-            self._split(block, size)
-        block.free = False
-        self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
-        return block
+        return self._hand_out(block, size)
+
+    def allocate_new(self, num_bytes: int, stream: int = 0, owner: Owner = DEFAULT_OWNER) -> Block:
+        """Return a block of new memory, whatever is free: what PyTorch does once it gave the cache
+        back, even if a block that waited for a stream would serve by then."""
+        size = -(-num_bytes // MIN_BLOCK) * MIN_BLOCK
+        key = PoolKey(size <= SMALL_REQUEST, stream, owner)
+        return self._hand_out(self._new_memory(size, self.pools.setdefault(key, Pool(key))), size)
 
     def release(self, block: Block) -> None:
         """Free a block; it can be used again at once, or when the streams that used it are done."""
@@ -200,14 +155,23 @@ class CachingAllocator:
         taken, found = list(used), []
         for address, size in segments:
             self._count_new(size)
-            inside = [each for each in taken if address <= each[0] < address + size]
-            blocks = self._tile(pool, address, size, inside)
+            first, last = bisect_left(taken, (address,)), bisect_left(taken, (address + size,))
+            blocks = self._tile(pool, address, size, taken[first:last])
             found += [block for block in blocks if not block.free]
         return found
 
     def free_blocks(self) -> Iterator[Block]:
         """Every block that memory stands behind and nobody uses."""
         return (block for pool in self.pools.values() for _, _, block in pool.free)
+
+    def _hand_out(self, block: Block, size: int) -> Block:
+        if self._splits(block, size):
+            self._split(block, size)
+        block.free = False
+        self.allocated += block.size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        return block
 
     def _best_fit(self, size: int, pool: Pool) -> Block | None:
         index = bisect_left(pool.free, (size,))

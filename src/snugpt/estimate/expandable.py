@@ -27,12 +27,9 @@ from snugpt.estimate.allocator import (
     LARGE_SEGMENT,
     MIN_BLOCK,
     SMALL_SEGMENT,
-    Block,
     CachingAllocator,
-    Pool,
-    PoolKey,
-    Stretch,
 )
+from snugpt.estimate.blocks import Block, Pool, PoolKey, Stretch
 
 RANGE_BYTES = 2**44 // LARGE_SEGMENT * LARGE_SEGMENT
 
@@ -57,12 +54,20 @@ class ExpandableAllocator(CachingAllocator):
                 insort(pool.unmapped, (at, chain[-1]))
             if size:
                 self._count_new(size)
-                inside = [each for each in taken if address <= each[0] < address + size]
-                chain += self._tile(pool, address, size, inside)
+                first, last = bisect_left(taken, (address,)), bisect_left(taken, (address + size,))
+                chain += self._tile(pool, address, size, taken[first:last])
             at = address + size
         for before, after in pairwise(chain):
             before.after, after.before = after, before
         return [block for block in chain if block.mapped and not block.free]
+
+    def map_at(self, key: PoolKey, address: int, num_bytes: int) -> None:
+        """Map pages that an allocation took before it failed: a replay knows them by address."""
+        pool = self.pools.get(key)
+        if pool is not None:
+            index = bisect_left(pool.unmapped, (address,))
+            if index < len(pool.unmapped) and pool.unmapped[index][0] == address:
+                self._map(pool.unmapped[index][1], num_bytes)
 
     def _best_fit(self, size: int, pool: Pool) -> Block | None:
         free = pool.free

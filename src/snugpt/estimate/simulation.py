@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from snugpt.estimate.allocator import Block, CachingAllocator, OutOfMemoryError
+from snugpt.estimate.allocator import CachingAllocator, OutOfMemoryError
+from snugpt.estimate.blocks import Block
 from snugpt.estimate.expandable import ExpandableAllocator
 from snugpt.estimate.operations import Buffer
 from snugpt.estimate.timeline import Segment, Timeline
