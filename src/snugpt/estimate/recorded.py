@@ -1,8 +1,9 @@
 """A snapshot as a Timeline: the third source of events, for the same reader.
 
-A buffer is named by the innermost frame of the user's own code. A snapshot does not say what a
-tensor is for nor which phase it is, unless the run named its phases with `record_function` while
-annotations were recorded; what is not known is of category "unknown" and phase "recorded".
+A buffer is named by the innermost frame of the user's own code; its formula is the call stack. A
+snapshot does not say what a tensor is for nor which phase it is, unless the run named its phases
+with `record_function` while annotations were recorded (`global_record_annotations=True`); what is
+not known is of category "unknown" and phase "recorded".
 """
 
 from __future__ import annotations
@@ -57,17 +58,18 @@ def timeline_of_snapshot(snapshot: Snapshot) -> Timeline:
 
 
 class _Names:
-    """One buffer for all tensors of one name and size, so that they are counted together."""
+    """One buffer for all tensors of one call stack and size, so that they are counted together."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._buffers: dict[tuple[tuple[Frame, ...], int, str], Buffer] = {}
 
     def buffer(self, frames: tuple[Frame, ...], num_bytes: int, unnamed: str) -> Buffer:
-        name = frame_name(frames[0]) if frames else unnamed
-        found = self._buffers.get((name, num_bytes))
+        key = frames, num_bytes, "" if frames else unnamed
+        found = self._buffers.get(key)
         if found is None:
-            found = Buffer(name, "unknown", num_bytes, 0, f"{num_bytes:,}")
-            self._buffers[name, num_bytes] = found
+            stack = [frame_name(frame) for frame in frames] or [unnamed]
+            found = Buffer(stack[0], "unknown", num_bytes, 0, " < ".join(stack))
+            self._buffers[key] = found
         return found
 
 
