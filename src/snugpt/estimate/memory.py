@@ -6,9 +6,9 @@ outside PyTorch, which is assumed until records narrow it. The band carries that
 
 from __future__ import annotations
 
-from snugpt.estimate.allocator import simulate
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
+from snugpt.estimate.simulation import simulate
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.gpu import Gpu
