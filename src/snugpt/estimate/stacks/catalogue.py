@@ -45,8 +45,7 @@ class Stack:
             training that is neither here, nor a lever, nor the planner's own, it lacks.
         most_gpus: how many cards it runs on at once.
         training_share: share of a card's dense rate that its training reaches.
-        expandable_segments: whether it has PyTorch grow segments in place, so that next to nothing
-            is reserved beyond what is allocated.
+        expandable_segments: whether it has PyTorch grow segments in place.
         version: nanochat's version; None for snugpt.
     """
 

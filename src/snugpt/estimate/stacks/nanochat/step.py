@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import FP32, INT64, Buffer
 from snugpt.estimate.stacks.nanochat.kept import Kept, kept_at_edges, kept_by_layer, logits_bytes
 from snugpt.estimate.stacks.nanochat.optimizer import BF16, OptimizerStep, fixed
 from snugpt.estimate.stacks.nanochat.parameters import Tensor, all_tensors
 from snugpt.estimate.stacks.nanochat.versions import Version
-from snugpt.estimate.stacks.snugpt import cublas_workspace
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.spec.memory import Category, Phase
 from snugpt.spec.recipe import TrainingRecipe
@@ -85,7 +85,9 @@ class NanochatStep:
         buffers += self.optimizer.state()
         buffers += self.optimizer.held
         buffers += self._batches()
-        buffers += [cublas_workspace(self.runtime)] * HANDLES
+        space = scratch.cublas_workspace(self.runtime.capability)
+        workspace = fixed("cuBLAS workspace", "workspace", space, "constant of the card")
+        buffers += [workspace] * HANDLES
         return tuple(buffers)
 
     def _batches(self) -> list[Buffer]:
