@@ -87,7 +87,8 @@ def test_what_can_be_no_picture_is_refused_before_any_work(
 
 
 def test_plan_and_picture_do_not_fall_into_one_file(door: Door, elsewhere: Path) -> None:
-    done = door(f"{D2} -o one.svg --plot ./one.svg")
+    (elsewhere / "folder").mkdir()
+    done = door(f"{D2} -o one.svg --plot folder/../one.svg")
     assert refusal(done, 2)[0].startswith("plot = ")
     assert not (elsewhere / "one.svg").exists()
 

@@ -14,10 +14,11 @@ from test_timeline import every_instant, rounded, timelines
 from training_questions import levers, question
 
 from snugpt.estimate.generation import generation_timeline
+from snugpt.estimate.operations import Buffer
 from snugpt.estimate.picture import BOTTOM, PLOT, TOP, WIDTH, draw
 from snugpt.estimate.picture_data import STACKED, Span, columns, series, spans, stacks
 from snugpt.estimate.picture_svg import area, axis, stepped
-from snugpt.estimate.timeline import Timeline
+from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.memory import BytesBand
 from snugpt.spec.recipe import GenerationRecipe
@@ -212,6 +213,15 @@ def test_a_process_that_is_too_large_is_in_sight_with_its_capacity() -> None:
     assert "capacity" in paths(broken)
 
 
+def peak_after(quiet_before: int, quiet_after: int) -> Timeline:
+    """A peak with so many small allocations before and after it."""
+    small, large = (Buffer("t", "activations", size, 0, "") for size in (1, 2**30))
+    quiet = [Event(1, small), Event(-1, small)]
+    events = [*quiet * quiet_before, Event(1, large), Event(-1, large), *quiet * quiet_after]
+    return Timeline((), (Placed("forward", 0, Segment(events, 1)),), 1)
+
+
+EARLY, LATE = peak_after(0, 500), peak_after(500, 0)
 HOSTILE = '</title><script>alert("x")</script> & ]]> \x00\x1b[31m\ud800 \u202e' + "w" * 500
 
 
@@ -263,7 +273,7 @@ def test_a_phase_that_only_one_timeline_has_leaves_a_gap_in_the_other() -> None:
 def test_text_keeps_off_other_text() -> None:
     """By a generous width of letters, in every picture of this file and on a card that is small."""
     tight = BytesBand(low=GIB, expected=GIB, high=GIB)
-    for timeline in ALL.values():
+    for timeline in (*ALL.values(), EARLY, LATE):
         picture = draw(timeline, BATCH, title="t", capacity_bytes=GIB, process_bytes=tight,
                        measured=timeline, measured_batch=BATCH)  # fmt: skip
         boxes = []
