@@ -10,6 +10,7 @@ Shapes: B batch, T time, C channels, H heads, K kv heads, D head size, M mlp wid
 
 from __future__ import annotations
 
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import BOOL, FP32, Buffer, Net, Operation, Weight
 from snugpt.spec.shape import GATE_CHANNELS
 
@@ -95,8 +96,8 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
     )
     grad_x, grad_weight = net.gradient_of(x), net.weight_gradient(weight)
     if layer_norm or net.cuda:
-        scratch = _partial_sums(net, weight)
-        backward = (*cast, grad_x, grad_weight, *scratch, *scratch, *cast)
+        parts = _partial_sums(net, weight)
+        backward = (*cast, grad_x, grad_weight, *parts, *parts, *cast)
     else:
         unit, mean = net.gradient_of(x), net.per_token("norm statistics", 1, "", element_bytes=FP32)
         backward = (unit, grad_x, grad_weight, mean, unit, mean)
@@ -279,12 +280,8 @@ def _half(grad: Buffer, net: Net) -> tuple[int, int]:
 
 
 def _partial_sums(net: Net, weight: Weight) -> tuple[Buffer, ...]:
-    """Scratch of the norm's weight gradient, summed in parts.
-
-    CPU: (2, threads, C) fp32, layer_norm_kernel.cpp. CUDA: below a MiB, layer_norm_kernel.cu:
-    left out, as it is far from any peak.
-    """
-    if net.cuda:
+    """Scratch of the norm's weight gradient, summed in parts."""
+    if net.cuda:  # below a MiB and far from any peak: left out
         return ()
-    size = 2 * net.runtime.num_threads * weight.elements * FP32
-    return (net.fixed("norm scratch", "workspace", size, "2·threads·C·4"),)
+    sizes = scratch.cpu_layer_norm_backward(weight.elements, net.runtime.num_threads)
+    return tuple(net.fixed("norm scratch", "workspace", n, "2·threads·C·4") for n in sizes)

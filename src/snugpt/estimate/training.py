@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from snugpt.estimate import kinds as kind
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import all_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
@@ -22,7 +23,6 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 
-TRANSPOSE_TILE = 60  # PyTorch copies a transposed matrix by tiles of 60 x 60 (aten/native/Copy.cpp)
 CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
 
 
@@ -184,9 +184,9 @@ class TrainingStep:
         cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
         gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
         first = (cast,) if self.net.cuda else ()
-        tile = TRANSPOSE_TILE**2
-        turned = not self.net.cuda and rows > columns and rows * columns >= tile
-        copied = (made(tile, "60·60"),) if turned else ()
+        turned = not self.net.cuda and rows > columns
+        sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
+        copied = tuple(self.net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)
         return sequence(
             (
                 *first, x, *first, gram, polynomial, gram, following, *copied, *copied,
