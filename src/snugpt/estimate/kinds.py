@@ -66,6 +66,7 @@ def linear(net: Net, x: Buffer, weight: Weight, name: str, text: str) -> Operati
         backward=(*cast, grad_x, *cast, *low, grad_weight, *low),
         gradients=((x, grad_x),),
         weight_gradients=((weight, grad_weight),),
+        gives_views=True,
     )
 
 
@@ -79,7 +80,7 @@ def norm(net: Net, x: Buffer, heads: int, *, name: str, text: str) -> Operation:
         name="norm",
         reads=(x,),
         result=out,
-        forward=(rstd, out),
+        forward=(out, rstd) if net.cuda else (rstd, out),
         keeps=(out, rstd),
         backward=(grad_x, mean, mean),
         gradients=((x, grad_x),),
@@ -91,9 +92,11 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
     out = Buffer(name, "activations", x.fixed_bytes, x.sequence_bytes, x.formula)
     cast = net.cast_of(weight)
     layer_norm = net.shape.style == "gpt2"
-    statistics = net.per_token(
-        "norm statistics", 2 if layer_norm else 1, "2" if layer_norm else "", element_bytes=FP32
+    statistics = tuple(
+        net.per_token("norm statistics", 1, "", element_bytes=FP32)
+        for _ in range(2 if layer_norm else 1)  # mean and 1 / std, or 1 / rms
     )
+    made = (out, *statistics) if layer_norm or net.cuda else (*statistics, out)
     grad_x, grad_weight = net.gradient_of(x), net.weight_gradient(weight)
     if layer_norm or net.cuda:
         parts = _partial_sums(net, weight)
@@ -105,8 +108,8 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
         name="norm",
         reads=(x,),
         result=out,
-        forward=(*cast, statistics, out, *cast),
-        keeps=(x, statistics),
+        forward=(*cast, *made, *cast),
+        keeps=(x, *statistics),
         backward=backward,
         gradients=((x, grad_x),),
         weight_gradients=((weight, grad_weight),),
@@ -135,7 +138,7 @@ def value_gate(net: Net, h: Buffer, v: Buffer, ve: Buffer, weight: Weight) -> Op
         else ()
     )
     product, slope = net.gradient_of(v), net.per_token("value gates", K, "K")
-    half = net.per_token("value gates", K, "K")
+    half, rest = (net.per_token("value gates", K, "K") for _ in range(2))
     grad_h, grad_ve = net.gradient_of(h), net.gradient_of(ve)
     channels = net.per_token("value gates", GATE_CHANNELS, "12")
     return Operation(
@@ -145,7 +148,7 @@ def value_gate(net: Net, h: Buffer, v: Buffer, ve: Buffer, weight: Weight) -> Op
         forward=(*cast, gate, *cast, out),
         keeps=(h, ve, gate),
         backward=(
-            product, slope, product, half, half, *low, grad_weight, *low, grad_h,
+            product, slope, product, half, rest, half, rest, *low, grad_weight, *low, grad_h,
             *cast, channels, *cast, channels, grad_ve, slope,
         ),
         gradients=((h, grad_h), (v, None), (ve, grad_ve)),
@@ -215,10 +218,13 @@ def head_loss(net: Net, h: Buffer, weight: Weight, chunk_tokens: int | None) -> 
     low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     grad_low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
-    rows = chunk_of(net, chunk_tokens, 4, FP32, "4")
+    right, highest, total, ones = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(4))
     capped = (chunk_of(net, chunk_tokens, V, FP32, "V"),) if net.shape.logit_softcap else ()
+    chunk_loss = net.fixed("loss", "logits", FP32, "4")
     chunk = (
-        *low, logits, *low, rows, *capped, *capped, rows,
+        *low, logits, *low,
+        right, highest, *capped, total, ones, ones, chunk_loss,
+        right, highest, *capped, total, chunk_loss,
         *grad_low, *((logits,) if net.casts else ()),
         *product, *product, *(grad_low or (logits,)),
     )  # fmt: skip
@@ -241,13 +247,16 @@ def token_losses(net: Net, h: Buffer, chunk_tokens: int | None) -> Operation:
     cast = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.casts else ()
     low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
-    rows = chunk_of(net, chunk_tokens, 3, FP32, "3")
+    right, highest, total = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(3))
     return Operation(
         name="cross-entropy",
         reads=(h,),
         result=losses,
-        forward=(*cast, losses, *low, logits, *low, rows, rows, logits, *cast),
-    )
+        forward=(
+            *cast, losses, *low, logits, *low, right, highest, total,
+            logits, right, highest, total, *cast,
+        ),
+    )  # fmt: skip
 
 
 def cache_write(net: Net, k: Buffer, v: Buffer) -> Operation:

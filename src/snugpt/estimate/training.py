@@ -66,7 +66,12 @@ class TrainingStep:
         self._place("optimizer", -1, [Event(-1, total)])
         self._evaluate()
         resident = stack.resident(self.net, self.recipe.optimizer)
-        return Timeline(resident, tuple(self.placed), self.block_bytes, self.aliases)
+        abridged: set[Phase] = {"optimizer"}
+        if self.chunk is not None:
+            abridged |= {"loss", "evaluate"}
+        return Timeline(
+            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged)
+        )
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
