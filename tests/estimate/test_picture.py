@@ -16,7 +16,7 @@ from training_questions import levers, question
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
 from snugpt.estimate.picture import BOTTOM, PLOT, TOP, WIDTH, draw
-from snugpt.estimate.picture_data import STACKED, Span, columns, series, spans, stacks
+from snugpt.estimate.picture_data import STACKED, Span, columns, folded, series, spans, stacks
 from snugpt.estimate.picture_svg import area, axis, stepped
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.training import TrainingStep
@@ -268,6 +268,25 @@ def test_a_phase_that_only_one_timeline_has_leaves_a_gap_in_the_other() -> None:
     middle = (gap.left + gap.right) / 2
     assert not [1 for left, right, _ in levels(drawn["weights"]) if left <= middle < right]
     assert height_at(drawn["measured"], middle) < BOTTOM
+
+
+def test_of_more_passes_the_highest_is_shown_and_their_number_said() -> None:
+    predicted = step(accumulation=2)
+    early = predicted.placed[: next(i for i, p in enumerate(predicted.placed) if p.phase == "clip")]
+    late = predicted.placed[len(early) :]
+    half = len(early) // 2
+    spike = Placed("backward", 0, peak_after(0, 0).placed[0].segment)
+    passes = (*early, *early[half:], spike, *early[half:], *late)
+    measured = replace(predicted, placed=passes)
+    first, whole = series(predicted, BATCH), series(measured, BATCH)
+    shown = folded(whole, first)
+    assert [s.key for s in shown.stretches] == [s.key for s in first.stretches]
+    assert (shown.peak_bytes, shown.peak_phase) == (whole.peak_bytes, "backward")
+    second = next(s for s in shown.stretches if s.key == ("backward", 2))
+    assert max(shown.totals[second.start : second.stop]) == whole.peak_bytes
+    said = words(draw(predicted, BATCH, title="t", measured=measured, measured_batch=BATCH))
+    assert any(text.endswith(f"; 2 of {whole.num_repeats} passes shown") for text in said)
+    assert folded(first, whole) == first
 
 
 def test_text_keeps_off_other_text() -> None:

@@ -19,6 +19,7 @@ from snugpt.estimate.picture_data import (
     Span,
     StretchKey,
     columns,
+    folded,
     series,
     spans,
     stacks,
@@ -55,6 +56,8 @@ def draw(
     """
     first = series(predicted, batch)
     second = None if measured is None else series(measured, measured_batch)
+    repeats = 0 if second is None else second.num_repeats
+    second = None if second is None else folded(second, first)
     places = spans(first, second, PLOT, _label_width)
     thin = columns(first, places)
     return _Picture(
@@ -63,6 +66,7 @@ def draw(
         first=first,
         second=second,
         label=_shortened(measured_label, 24),
+        repeats=repeats,
         capacity=capacity_bytes,
         process=process_bytes,
         places=places,
@@ -89,6 +93,7 @@ class _Picture:
     first: Series
     second: Series | None
     label: str
+    repeats: int  # micro-steps that were measured; not all need be shown
     capacity: int | None
     process: BytesBand | None
     places: dict[StretchKey, Span]
@@ -155,9 +160,11 @@ class _Picture:
     def _compared(self) -> str:
         assert self.second is not None
         ratio = self.first.peak_bytes / max(1, self.second.peak_bytes)
+        shown = self.second.num_repeats
+        few = f"; {shown} of {self.repeats} passes shown" if shown < self.repeats else ""
         return (
             f"{self.label}: peak {gib(self.second.peak_bytes)} in {self.second.peak_phase},"
-            f" predicted ÷ {self.label} {ratio:.4f}"
+            f" predicted ÷ {self.label} {ratio:.4f}{few}"
         )
 
     def y(self, num_bytes: float) -> float:

@@ -7,6 +7,7 @@ one column is not shown.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,6 +71,11 @@ class Series:
         peak_at = self.peak_at
         return next(s.key[0] for s in self.stretches if s.start <= peak_at < s.stop)
 
+    @property
+    def num_repeats(self) -> int:
+        """How often the phase that comes most often comes."""
+        return max(time for (_, time), _, _ in self.stretches)
+
     def highest_by_phase(self) -> dict[Phase, int]:
         """The highest instant of each phase, in the order of the step."""
         found: dict[Phase, int] = {}
@@ -105,6 +111,25 @@ def _stretches(ends: Sequence[tuple[Phase, int]]) -> tuple[Stretch, ...]:
             found.append(Stretch((phase, times[phase]), start, stop))
         start = stop
     return tuple(found)
+
+
+def folded(shown: Series, like: Series) -> Series:
+    """Bring a series with more micro-steps down to as many as another has.
+
+    A prediction walks two of them, which stand for all. In the place of its last one comes the
+    highest of those that are left, phase by phase.
+    """
+    wanted = Counter(s.key[0] for s in like.stretches)
+    kept: dict[StretchKey, Stretch] = {}
+    for (phase, time), start, stop in shown.stretches:
+        key = phase, min(time, wanted.get(phase, time))
+        present = kept.get(key)
+        higher = present is None or max(shown.totals[start:stop]) > max(
+            shown.totals[present.start : present.stop]
+        )
+        if higher:
+            kept[key] = Stretch(key, start, stop)
+    return Series(shown.totals, tuple(kept.values()))
 
 
 def stacks(timeline: Timeline, batch: int, instants: set[int]) -> dict[int, tuple[int, ...]]:
