@@ -6,9 +6,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+
 from naive_allocator import MIB
 from snapshot_writer import SnapshotWriter, random_run
-
 from snugpt.estimate.history import beginning
 from snugpt.estimate.recorded import timeline_of_snapshot
 from snugpt.estimate.replay import replay

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from naive_allocator import MIB
 from snapshot_writer import MODEL, SnapshotWriter, random_run
-
 from snugpt.errors import BadQuestionError, FailedError, SnugError
 from snugpt.estimate import snapshot as snapshot_module
 from snugpt.estimate.plain_pickle import DamagedError, load_plain
