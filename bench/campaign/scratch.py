@@ -1,0 +1,208 @@
+"""Operations alone: what a kernel takes beside its results, to replace assumed figures.
+
+Each is called twice and counted the second time, when libraries have what they keep. The scratch is
+the allocator's peak above what is allocated after the call; beside it stands what the estimate says
+where it says anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from campaign.counters import part
+from campaign.jobs import Scratch
+from snugpt.estimate.attending import attention
+from snugpt.estimate.operations import Buffer, Net
+from snugpt.model import functions as op
+from snugpt.model.attention import attend
+from snugpt.run.cpu_allocations import CpuAllocations
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape, shape_for
+
+Case = tuple[str, Callable[[], object], int | None]  # what, the call, predicted scratch in bytes
+BLOCK_BYTES = 512
+
+
+def scratch(job: Scratch) -> dict[str, Any]:
+    """Run one group; every case that fails says why and costs no other."""
+    torch.manual_seed(0)
+    groups = {"attention": attention_cases, "weights": weight_cases, "optimizer": optimizer_cases}
+    missing: dict[str, str] = {}
+    found = []
+    for name, call, predicted in groups[job.group](job):
+        counted = part(missing, name, lambda call=call: count(call, job.device))
+        if counted is not None:
+            found.append({"case": name, **counted, "predicted_scratch_bytes": predicted})
+    return {"cases": found, "missing": missing}
+
+
+def count(call: Callable[[], object], device: str) -> dict[str, int]:
+    """Bytes of the results of `call`, and the most it took beside them."""
+    call()
+    if device == "cpu":
+        with CpuAllocations(keep_events=False) as allocations:
+            results = call()
+        kept = allocations.live_bytes
+        del results
+        return {"result_bytes": kept, "scratch_bytes": allocations.peak_bytes - kept}
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, requested = torch.cuda.memory_allocated(), requested_now("current")
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    found = {
+        "result_bytes": after - before,
+        "scratch_bytes": peak - after,
+        "requested_result_bytes": requested_now("current") - requested,
+        "requested_scratch_bytes": requested_now("peak") - requested_now("current"),
+    }
+    del results
+    return found
+
+
+def requested_now(which: str) -> int:
+    """PyTorch's count of requested bytes, before it rounds them up."""
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
+
+
+def attention_cases(job: Scratch) -> Iterable[Case]:
+    """Forward and backward of every kernel: lengths, head sizes, grouped heads, windows."""
+    backends = (("cpu", "fp32"),) if job.device == "cpu" else (
+        ("flash", "bf16"), ("efficient", "bf16"), ("efficient", "fp32"),
+    )  # fmt: skip
+    sizes = (
+        (2, 2048, 6, 6, 128), (8, 1024, 12, 12, 64), (3, 1000, 12, 3, 64), (1, 4096, 16, 1, 64),
+        (1, 8192, 6, 6, 128), (5, 777, 4, 4, 80),
+    )  # fmt: skip
+    for backend, dtype in backends:
+        for B, T, H, K, D in ((2, 64, 4, 2, 16),) if job.toy else sizes:
+            shape = shape_for("llama", 1, context_len=T, width=H * D, heads=H, kv_heads=K)
+            capability = torch.cuda.get_device_capability() if job.device == "cuda" else None
+            runtime = Runtime(device=job.device, attention=backend, capability=capability,
+                              num_threads=torch.get_num_threads())  # fmt: skip
+            name = f"{backend} {dtype} B{B} T{T} H{H} K{K} D{D}"
+            predicted = predicted_attention(shape, runtime, dtype, B)
+            yield f"{name} forward", attention_forward(job, backend, dtype, B, T, H, K, D), None
+            yield (
+                f"{name} backward",
+                attention_backward(job, backend, dtype, B, T, H, K, D),
+                (predicted),
+            )
+
+
+def predicted_attention(shape: ModelShape, runtime: Runtime, dtype: str, batch: int) -> int:
+    """What the estimate says the backward takes beside the gradients of q, k and v.
+
+    Events name a buffer when it is allocated and again when it is freed.
+    """
+    net = Net(shape, runtime, dtype, shape.context_len)
+    q, k, v = (net.per_token(n, h * shape.head_dim, "") for n, h in (
+        ("q", shape.num_heads), ("k", shape.num_kv_heads), ("v", shape.num_kv_heads),
+    ))  # fmt: skip
+    operation = attention(net, q, k, v)
+    gradients = {gradient for _, gradient in operation.gradients}
+    alive: set[Buffer] = set()
+    highest = now = 0
+    for buffer in operation.backward:
+        size = rounded(buffer.fixed_bytes + batch * buffer.sequence_bytes, runtime.block_bytes)
+        now += -size if buffer in alive else size
+        alive ^= {buffer}
+        highest = max(highest, now)
+    results = sum(
+        rounded(g.fixed_bytes + batch * g.sequence_bytes, runtime.block_bytes)
+        for g in gradients
+        if g is not None
+    )
+    return highest - results
+
+
+def rounded(num_bytes: int, block_bytes: int) -> int:
+    """Up to whole blocks of the allocator."""
+    return -(-num_bytes // block_bytes) * block_bytes
+
+
+def inputs(job: Scratch, dtype: str, B: int, T: int, heads: Iterable[int], D: int) -> list[Tensor]:
+    """Random tensors (B, T, heads, D) that want gradients."""
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return [torch.randn(B, T, H, D, device=job.device).to(kind).requires_grad_() for H in heads]
+
+
+def attention_forward(job: Scratch, backend, dtype, B, T, H, K, D) -> Callable[[], object]:
+    """Attention with what it keeps for its backward."""
+    q, k, v = inputs(job, dtype, B, T, (H, K, K), D)
+    return lambda: attend(q, k, v, backend=backend)
+
+
+def attention_backward(job: Scratch, backend, dtype, B, T, H, K, D) -> Callable[[], object]:
+    """The backward alone: its results are the three gradients."""
+    q, k, v = inputs(job, dtype, B, T, (H, K, K), D)
+    out = attend(q, k, v, backend=backend)
+    grad = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+
+def weight_cases(job: Scratch) -> Iterable[Case]:
+    """Norms with weights, the embedding's gradient, and products that may want a workspace."""
+    kind = torch.float32 if job.device == "cpu" else torch.bfloat16
+    N, C, V = (128, 64, 512) if job.toy else (16384, 1536, 32768)
+    x = torch.randn(N, C, device=job.device).to(kind).requires_grad_()
+    weight = torch.ones(C, device=job.device).requires_grad_()
+    table = torch.randn(V, C, device=job.device).requires_grad_()
+    ids = torch.randint(V, (1, N), device=job.device)
+    matrix = torch.randn(4 * C, C, device=job.device).requires_grad_()
+    made = {
+        "layer norm": (op.LayerNorm.apply(x, weight), (x, weight)),
+        "rms norm, weighted": (op.WeightedRMSNorm.apply(x, weight), (x, weight)),
+        "rms norm": (op.RMSNorm.apply(x), (x,)),
+        "embedding": (op.Embedding.apply(table, ids, kind), (table,)),
+        "linear": (op.Linear.apply(x, matrix), (x, matrix)),
+    }
+    for name, (out, wanted) in made.items():
+        grad = torch.randn_like(out)
+        yield (
+            f"{name} backward N{N} C{C}",
+            lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(
+                out, wanted, grad, retain_graph=True
+            ),
+            None,
+        )
+    rows = torch.randn(N, C, device=job.device)
+    yield (
+        f"index_add N{N} V{V} C{C}",
+        lambda: torch.zeros(V, C, device=job.device).index_add_(0, ids.view(-1), rows),
+        0,
+    )
+    yield f"sum over rows N{N} C{C}", lambda: x.detach().sum(0, dtype=torch.float32), None
+
+
+def optimizer_cases(job: Scratch) -> Iterable[Case]:
+    """The fused AdamW, the norms of clipping, and reductions of the loss."""
+    C, count_ = (64, 3) if job.toy else (1536, 24)
+    weights = [torch.randn(4 * C, C, device=job.device).requires_grad_() for _ in range(count_)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adamw = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    yield f"fused AdamW {count_} x {4 * C} x {C}", adamw.step, 0
+    grads = [weight.grad for weight in weights]
+    yield f"_foreach_norm {count_} tensors", lambda: torch._foreach_norm(grads), None
+    yield (
+        f"clip_grad_norm_ {count_} tensors",
+        lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0),
+        None,
+    )
+    N, V = (32, 512) if job.toy else (1024, 32768)
+    logits = torch.randn(N, V, device=job.device)
+    targets = torch.randint(V, (N, 1), device=job.device)
+    yield f"amax over logits N{N} V{V}", lambda: logits.amax(1, keepdim=True), None
+    yield f"sum over logits N{N} V{V}", lambda: logits.sum(1, keepdim=True), None
+    yield f"gather of targets N{N} V{V}", lambda: logits.gather(1, targets), None
+    rows = torch.randn(8, V, device=job.device)
+    probabilities = rows.softmax(-1)
+    yield f"topk V{V}", lambda: rows.topk(50), None
+    yield f"multinomial V{V}", lambda: torch.multinomial(probabilities, 1), None
