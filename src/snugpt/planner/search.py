@@ -90,14 +90,14 @@ def candidates(
     """Return every allowed set of levers of a settled question, the largest batch first."""
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
     measured = machine.measured_flops_per_s
-    rate = training_rate(machine.gpu, base.compute_dtype, measured).flops_per_s.expected
+    rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
     found = []
     for checkpoint, device_batch, steps in _lever_sets(question, base):
         recipe = msgspec.structs.replace(
             base, checkpoint=checkpoint, device_batch_size=device_batch, grad_accum_steps=steps
         )
         runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
-        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime)
+        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime, recipe)
         step_s = step_time_s(shape, recipe, machine.gpu, rate)
         found.append(Candidate(recipe, process_bytes, step_s))
     return tuple(found)

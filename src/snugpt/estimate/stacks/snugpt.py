@@ -12,7 +12,7 @@ from snugpt.estimate.attending import attention, cached_attention
 from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.spec.recipe import BYTES
-from snugpt.spec.runtime import mask_columns
+from snugpt.spec.runtime import Runtime, mask_columns
 from snugpt.spec.shape import ModelShape
 
 
@@ -146,7 +146,7 @@ def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
             if window is not None and window < mask_tokens:
                 buffers.append(net.fixed("window masks", "weights", size, "windows·T·T"))
     if runtime.device == "cuda":
-        buffers.append(_cublas_workspace(net))
+        buffers.append(cublas_workspace(net.runtime))
     return tuple(buffers)
 
 
@@ -174,8 +174,8 @@ def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
     ]
 
 
-def _cublas_workspace(net: Net) -> Buffer:
+def cublas_workspace(runtime: Runtime) -> Buffer:
     """cuBLAS's workspace in PyTorch: 32 MiB on Hopper, 8.125 MiB elsewhere (CUDABlas.cpp)."""
-    capability = net.runtime.capability or (0, 0)
+    capability = runtime.capability or (0, 0)
     size = 32 * 2**20 if capability[0] == 9 else 4096 * 2 * 1024 + 8 * 16 * 1024
-    return net.fixed("cuBLAS workspace", "workspace", size, "constant of the card")
+    return Buffer("cuBLAS workspace", "workspace", size, 0, "constant of the card")
