@@ -7,13 +7,13 @@ and one wheel that can be carried as a file, msgspec (`pip download msgspec` els
 Python of that machine; then `pip install --no-index msgspec-*.whl`). With the wheel of nvidia-ml-py
 the driver is asked to the byte, without it through nvidia-smi or not at all; the record says which.
 
-Sets: `eager` (30 configurations, the most informative first, under nine minutes), `compiled` (the
-same, compiled, where the trainer can) and `nanochat` (its own code from `--checkout PATH`).
-Each configuration runs in a fresh process, and its record is one line, on disk before the next
-begins. Called again, it does what is missing and tries once more what failed; `--minutes` ends it
-in time. `--snapshots FOLDER` keeps the allocator's history of a few. `--only NAME,NAME` picks,
-`--list` names them, `--dry-run` prints what is predicted and runs nothing, `--device cpu` rehearses
-all of it at toy size on the processor.
+Sets: `eager` (30 configurations, the most informative first, meant for nine minutes), `compiled`
+(the same, compiled, where the trainer can) and `nanochat` (its own code from `--checkout PATH`;
+`--stack nanochat@2026-03` says which version that is). Each configuration runs in a fresh process,
+and its record is one line, on disk before the next begins. Called again, it does what is missing
+and tries once more what failed; `--minutes` ends it in time. `--snapshots FOLDER` keeps the
+allocator's history of a few. `--only NAME,NAME` picks, `--list` names them, `--dry-run` prints what
+is predicted and runs nothing, `--device cpu` rehearses all of it at toy size on the processor.
 
 A record: set, name, kind, held_out, asked, predicted (and by phase), outcome (fit, oom, failed with
 its reason), measured, environment, and `measurement` as in the ledger. Every third configuration is
@@ -127,7 +127,7 @@ class Campaign:
             job: Job = Scratch(device=self.asked.device, group=asked["group"], toy=self.toy)
             return named | {"predicted": None} | flat(self.child(job))
         if configuration.kind == "peer":
-            return named | {"predicted": None} | flat(self.child(self.peer(asked)))
+            return named | self.peer_record(asked)
         shape, recipe = self.question(configuration)
         estimate = self.predicted(shape, recipe)
         ended = self.child(self.job(configuration, shape, recipe))
@@ -176,6 +176,17 @@ class Campaign:
         small = {"depth": 2, "device_batch_size": 2, "seq_len": 64, "vocab_size": 512}
         return Peer(device=self.asked.device, **(asked | (small if self.toy else {})))
 
+    def peer_record(self, asked: dict[str, Any]) -> Record:
+        """nanochat's own code; compiled on a card it is what the stack of its version predicts."""
+        ended = flat(self.child(self.peer(asked)))
+        if self.toy or not asked["compiled"]:
+            return {"predicted": None, **ended}
+        shape, recipe = known.peer_question(asked)
+        estimate = self.predicted(shape, recipe)
+        found = {"predicted": as_json(estimate), **ended}
+        measurement = measurement_of(found, shape, recipe, estimate, self.environment)
+        return found | {"measurement": measurement}
+
     def boundary(self, asked: dict[str, Any]) -> Record:
         """The largest batch within the cap, by trials around the one that is predicted."""
         cap = self.asked.toy_cap if self.toy else asked["cap_bytes"]
@@ -207,8 +218,11 @@ class Campaign:
         """Print what is predicted for the card that is named."""
         self.gpu = gpu_of("cpu", {}) if self.toy else find_gpu(self.asked.gpu)
         for c in configurations:
-            if c.kind in ("training", "generation"):
-                said = self.predicted(*self.question(c))
+            compiled = c.kind == "peer" and c.asked["compiled"]
+            if compiled or c.kind in ("training", "generation"):
+                said = self.predicted(
+                    *(known.peer_question(c.asked) if compiled else self.question(c))
+                )
                 print(
                     f"{c.name:<33}{said.requested_bytes / 2**20:>10.1f}"
                     f"{said.allocated_bytes / 2**20:>10.1f}"
@@ -226,7 +240,7 @@ def flat(ended: Ended) -> Record:
 def chosen(asked: argparse.Namespace) -> tuple[Configuration, ...]:
     """The configurations of the set, held-out ones marked, then only those that were named."""
     if asked.set == "nanochat":
-        found = known.peer_set(asked.checkout or "CHECKOUT")
+        found = known.peer_set(asked.checkout or "CHECKOUT", asked.stack)
     else:
         found = known.EAGER if asked.set == "eager" else known.compiled_set()
     found = known.with_held_out(found)
@@ -248,6 +262,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--snapshots", help="folder for the allocator's history of a few")
     parser.add_argument("--checkout", help="path of a checkout of nanochat")
+    parser.add_argument("--stack", default="nanochat", help="version of the checkout")
     parser.add_argument("--only", help="names, with commas between")
     parser.add_argument("--list", action="store_true", help="names of the set")
     parser.add_argument("--dry-run", action="store_true", help="what is predicted, for --gpu")

@@ -13,9 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import snugpt
 from campaign.jobs import Environment, Generation, Job, Peer, Scratch, Training, decode, encode
 
 SCRIPT = Path(__file__).parents[1] / "gpu_memory.py"
+# A child imports the snugpt that the parent did, wherever that came from.
+OUR_PATH = os.pathsep.join(
+    filter(None, (str(Path(snugpt.__file__).parents[1]), os.environ.get("PYTHONPATH")))
+)
 LAST_WORDS = 400  # characters of stderr that a failure keeps
 
 
@@ -42,7 +47,7 @@ def run_child(job: Job, timeout_s: float, command: Command = this_script) -> End
         path = Path(folder) / "result.json"
         child = subprocess.Popen(
             list(command(job, path)), stdout=subprocess.DEVNULL, stderr=words,
-            start_new_session=True,
+            start_new_session=True, env={**os.environ, "PYTHONPATH": OUR_PATH},
         )  # fmt: skip
         timed_out = False
         try:
@@ -85,6 +90,8 @@ def failed(reason: str) -> dict[str, Any]:
 def be_child(text: str, result: Path) -> int:
     """Run one job and write how it ended; out of memory is a result like another."""
     job = decode(text)
+    if isinstance(job, Peer):  # as its base_train asks for, before torch is imported
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from campaign import runs, scratch  # now: a process that is full can import no more
 
     jobs: dict[type, Callable[[Any], dict[str, Any]]] = {

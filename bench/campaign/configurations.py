@@ -7,8 +7,12 @@ anything was measured: it may be compared with a prediction, and never enter a f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from snugpt.errors import BadQuestionError
+from snugpt.estimate.stacks.catalogue import find_stack
+from snugpt.estimate.stacks.nanochat.parameters import shape_of as nanochat_shape
+from snugpt.ledger.predicting import nanochat_recipe
 from snugpt.spec.recipe import GenerationRecipe, Schedule, TrainingRecipe
 from snugpt.spec.shape import ModelShape, shape_for
 from snugpt.units import GIB
@@ -104,14 +108,14 @@ PEER_SIZES = (
     (12, 8, 2048, 32768, 2, True),
     (4, 32, 2048, 32768, 1, True),
     (12, 32, 2048, 32768, 1, True),
-    (8, 8, 1024, 65536, 2, False),
     (20, 4, 2048, 32768, 1, True),
+    (8, 8, 1024, 65536, 2, False),
 )
 
 
 def compiled_set() -> tuple[Configuration, ...]:
     """The training configurations again, compiled; empty where the trainer can't compile."""
-    if "on" not in get_args(get_type_hints(TrainingRecipe)["compile"]):
+    if "on" not in find_stack("snugpt").levers.get("compile", ("off",)):
         return ()
     found = (c for c in EAGER if c.kind == "training")
     return tuple(
@@ -121,14 +125,14 @@ def compiled_set() -> tuple[Configuration, ...]:
     )  # fmt: skip
 
 
-def peer_set(checkout: str) -> tuple[Configuration, ...]:
-    """nanochat's own code at a few sizes, eager and compiled."""
+def peer_set(checkout: str, stack: str) -> tuple[Configuration, ...]:
+    """nanochat's own code at a few sizes, eager and compiled; `stack` is the checkout's version."""
     names = ("depth", "device_batch_size", "seq_len", "vocab_size", "accumulation", "compiled")
     found = []
     for sizes in PEER_SIZES:
         depth, batch, length, vocabulary, accumulation, compiled = sizes
         name = f"nanochat-d{depth}-b{batch}-t{length}-v{vocabulary}-a{accumulation}"
-        asked = {**dict(zip(names, sizes, strict=True)), "checkout": checkout}
+        asked = {**dict(zip(names, sizes, strict=True)), "checkout": checkout, "stack": stack}
         found.append(
             Configuration(name=f"{name}-{'compiled' if compiled else 'eager'}", kind="peer",
                           asked=asked)
@@ -145,6 +149,19 @@ def with_held_out(configurations: tuple[Configuration, ...]) -> tuple[Configurat
                       held_out=c.name in held)
         for c in configurations
     )  # fmt: skip
+
+
+def peer_question(asked: dict[str, Any]) -> tuple[ModelShape, TrainingRecipe]:
+    """Shape and recipe of nanochat's code by the stack that models it."""
+    version = find_stack(asked["stack"]).version
+    if version is None:
+        raise BadQuestionError(f"stack = {asked['stack']!r} is not a version of nanochat")
+    sizes = {"seq_len": asked["seq_len"], "vocab_size": asked["vocab_size"]}
+    recipe = nanochat_recipe(
+        asked["stack"], seq_len=asked["seq_len"], device_batch_size=asked["device_batch_size"],
+        grad_accum_steps=asked["accumulation"],
+    )  # fmt: skip
+    return nanochat_shape(version, asked["depth"], **sizes), recipe
 
 
 def shape_of(asked: dict[str, Any], *, toy: bool = False) -> ModelShape:

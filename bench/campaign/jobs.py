@@ -59,6 +59,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, tag="peer"):
     vocab_size: int
     accumulation: int
     compiled: bool
+    stack: str = ""  # which of our stacks models the checkout; the child does not look at it
     window_pattern: str = "SSSL"
     steps: int = 3
 

@@ -13,7 +13,7 @@ import pytest
 import gpu_memory
 from campaign import configurations, records
 from campaign.boundary import bisect
-from campaign.children import run_child, this_script
+from campaign.children import OUR_PATH, run_child, this_script
 from campaign.jobs import Environment, Job, Training
 from snugpt.spec.measurement import measurement_from_json
 from snugpt.spec.runtime import Runtime
@@ -236,7 +236,8 @@ def test_the_parent_predicts_without_torch() -> None:
         "gpu_memory.main(['--dry-run', '--only', 'nano-d12-b8'])\n"
         "assert not sys.modules.keys() & {'torch', 'click', 'rich', 'numpy'}\n"
     )
-    out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=BENCH)
+    where = {"PYTHONPATH": OUR_PATH}
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=BENCH, env=where)
     name, requested, allocated, reserved = out.split()
     assert name == "nano-d12-b8"
     assert 0 < float(requested) <= float(allocated) <= float(reserved)
