@@ -166,7 +166,7 @@ class Campaign:
             return Generation(device=device, shape=shape, recipe=recipe, runtime=runtime)
         runtime = runtime_for(self.gpu, recipe.compute_dtype, shape.dropout, self.num_threads)
         folder = self.asked.snapshots if configuration.snapshot else None
-        snapshot = str(Path(folder) / f"{configuration.name}.json.gz") if folder else None
+        snapshot = str(Path(folder) / f"{configuration.name}.pickle.gz") if folder else None
         cap_bytes = configuration.asked.get("cap_bytes")
         return Training(device=device, shape=shape, recipe=recipe, runtime=runtime,
                         cap_bytes=cap_bytes, snapshot=snapshot)  # fmt: skip

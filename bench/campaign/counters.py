@@ -7,14 +7,15 @@ can be rehearsed without a card; what only CUDA has is then absent, never 0.
 from __future__ import annotations
 
 import gzip
-import json
+import pickle
 import re
 import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,46 +170,56 @@ def start_history() -> None:
 
 
 def write_history(path: Path, marks: list[tuple[int, str]]) -> int:
-    """Write the allocator's history and segments so far to a gzip'd JSON file; its bytes."""
+    """Write the allocator's history so far as a gzip'd pickle; return the bytes of the file."""
     snapshot = torch.cuda.memory._snapshot()
     torch.cuda.memory._record_memory_history(enabled=None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump(compact(snapshot, marks), file, separators=(",", ":"))
+    with gzip.open(path, "wb") as file:
+        pickle.dump(compact(snapshot, marks), file)
     return path.stat().st_size
 
 
 def compact(snapshot: dict[str, Any], marks: list[tuple[int, str]]) -> dict[str, Any]:
-    """PyTorch's memory snapshot without stacks: per entry the innermost Python line of ours.
+    """PyTorch's memory snapshot with call stacks cut to our innermost lines, and with our phases.
 
-    `device_traces` and `segments` keep PyTorch's own keys, so that a reader of its snapshots reads
-    these; `marks` are the beginnings of phases in microseconds of the same clock.
+    Everything else stays as `torch.cuda.memory._dump_snapshot` writes it, so that whatever reads
+    its files reads this one; the phases are ranges among its annotations.
     """
+    stacks: dict[int, list[dict[str, Any]]] = {}
 
-    def entry(found: dict[str, Any]) -> dict[str, Any]:
-        kept = {k: found[k] for k in ("action", "addr", "size", "stream", "time_us") if k in found}
-        line = _line(found.get("frames") or ())
-        return kept | ({"line": line} if line else {})
+    def cut(entry: dict[str, Any]) -> dict[str, Any]:
+        frames = entry.get("frames")
+        if frames is None:
+            return entry
+        if id(frames) not in stacks:
+            stacks[id(frames)] = our_frames(frames)
+        return {**entry, "frames": stacks[id(frames)]}
 
-    def segment(found: dict[str, Any]) -> dict[str, Any]:
-        simple = {k: v for k, v in found.items() if isinstance(v, int | str | bool)}
-        blocks = [
-            {k: v for k, v in block.items() if isinstance(v, int | str)}
-            for block in found.get("blocks", ())
-        ]
-        return simple | {"blocks": blocks}
-
+    segments = [
+        {**cut(segment), "blocks": [cut(block) for block in segment["blocks"]]}
+        for segment in snapshot["segments"]
+    ]
+    traces = [[cut(entry) for entry in trace] for trace in snapshot["device_traces"]]
+    annotations = [*snapshot.get("external_annotations", ()), *phase_ranges(marks)]
     return {
-        "marks": [{"time_us": time_ns // 1000, "phase": phase} for time_ns, phase in marks],
-        "device_traces": [[entry(e) for e in trace] for trace in snapshot["device_traces"]],
-        "segments": [segment(s) for s in snapshot["segments"]],
-    }
+        **snapshot, "segments": segments, "device_traces": traces,
+        "external_annotations": annotations,
+    }  # fmt: skip
 
 
-def _line(frames: Any) -> str:
-    """The innermost frame that is not PyTorch's, as file:line:function."""
-    for frame in frames:
-        name = str(frame.get("filename", ""))
-        if name.endswith(".py") and "torch" not in Path(name).parts:
-            return f"{Path(name).name}:{frame.get('line')}:{frame.get('name')}"
-    return ""
+def our_frames(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The innermost lines of a call stack that are Python and not PyTorch's own."""
+    ours = (
+        frame
+        for frame in frames
+        if str(frame.get("filename", "")).endswith(".py")
+        and "torch" not in Path(frame["filename"]).parts
+    )
+    return [{**frame, "filename": Path(frame["filename"]).name} for frame in islice(ours, 3)]
+
+
+def phase_ranges(marks: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    """The phases as PyTorch writes its annotations; each lasts until the next mark."""
+    for (begin_ns, phase), (end_ns, _) in pairwise(marks):
+        for stage, time_ns in (("START", begin_ns), ("END", end_ns)):
+            yield {"name": phase, "stage": stage, "device": 0, "time_us": time_ns // 1000}

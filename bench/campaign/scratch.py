@@ -8,6 +8,7 @@ where it says anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, shape_for
 
-Case = tuple[str, Callable[[], object], int | None]  # what, the call, predicted scratch in bytes
+Call = Callable[[], object]
+Case = tuple[str, Callable[[], Call], int | None]  # what, maker of the call, predicted scratch
 BLOCK_BYTES = 512
 
 
@@ -33,8 +35,8 @@ def scratch(job: Scratch) -> dict[str, Any]:
     groups = {"attention": attention_cases, "weights": weight_cases, "optimizer": optimizer_cases}
     missing: dict[str, str] = {}
     found = []
-    for name, call, predicted in groups[job.group](job):
-        counted = part(missing, name, lambda call=call: count(call, job.device))
+    for name, make, predicted in groups[job.group](job):
+        counted = part(missing, name, lambda make=make: count(make(), job.device))
         if counted is not None:
             found.append({"case": name, **counted, "predicted_scratch_bytes": predicted})
     return {"cases": found, "missing": missing}
@@ -88,12 +90,9 @@ def attention_cases(job: Scratch) -> Iterable[Case]:
                               num_threads=torch.get_num_threads())  # fmt: skip
             name = f"{backend} {dtype} B{B} T{T} H{H} K{K} D{D}"
             predicted = predicted_attention(shape, runtime, dtype, B)
-            yield f"{name} forward", attention_forward(job, backend, dtype, B, T, H, K, D), None
-            yield (
-                f"{name} backward",
-                attention_backward(job, backend, dtype, B, T, H, K, D),
-                (predicted),
-            )
+            sizes_of_case = job, backend, dtype, B, T, H, K, D
+            yield f"{name} forward", partial(attention_forward, *sizes_of_case), None
+            yield f"{name} backward", partial(attention_backward, *sizes_of_case), predicted
 
 
 def predicted_attention(shape: ModelShape, runtime: Runtime, dtype: str, batch: int) -> int:
@@ -133,18 +132,22 @@ def inputs(job: Scratch, dtype: str, B: int, T: int, heads: Iterable[int], D: in
     return [torch.randn(B, T, H, D, device=job.device).to(kind).requires_grad_() for H in heads]
 
 
-def attention_forward(job: Scratch, backend, dtype, B, T, H, K, D) -> Callable[[], object]:
+def attention_forward(job: Scratch, backend, dtype, B, T, H, K, D) -> Call:
     """Attention with what it keeps for its backward."""
     q, k, v = inputs(job, dtype, B, T, (H, K, K), D)
     return lambda: attend(q, k, v, backend=backend)
 
 
-def attention_backward(job: Scratch, backend, dtype, B, T, H, K, D) -> Callable[[], object]:
+def attention_backward(job: Scratch, backend, dtype, B, T, H, K, D) -> Call:
     """The backward alone: its results are the three gradients."""
     q, k, v = inputs(job, dtype, B, T, (H, K, K), D)
-    out = attend(q, k, v, backend=backend)
+    return backward_of(attend(q, k, v, backend=backend), (q, k, v))
+
+
+def backward_of(out: Tensor, wanted: tuple[Tensor, ...]) -> Call:
+    """The backward from `out` to the gradients of `wanted`, as often as one likes."""
     grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
 
 def weight_cases(job: Scratch) -> Iterable[Case]:
@@ -156,53 +159,54 @@ def weight_cases(job: Scratch) -> Iterable[Case]:
     table = torch.randn(V, C, device=job.device).requires_grad_()
     ids = torch.randint(V, (1, N), device=job.device)
     matrix = torch.randn(4 * C, C, device=job.device).requires_grad_()
-    made = {
-        "layer norm": (op.LayerNorm.apply(x, weight), (x, weight)),
-        "rms norm, weighted": (op.WeightedRMSNorm.apply(x, weight), (x, weight)),
-        "rms norm": (op.RMSNorm.apply(x), (x,)),
-        "embedding": (op.Embedding.apply(table, ids, kind), (table,)),
-        "linear": (op.Linear.apply(x, matrix), (x, matrix)),
-    }
-    for name, (out, wanted) in made.items():
-        grad = torch.randn_like(out)
-        yield (
-            f"{name} backward N{N} C{C}",
-            lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(
-                out, wanted, grad, retain_graph=True
-            ),
-            None,
-        )
     rows = torch.randn(N, C, device=job.device)
-    yield (
-        f"index_add N{N} V{V} C{C}",
-        lambda: torch.zeros(V, C, device=job.device).index_add_(0, ids.view(-1), rows),
-        0,
-    )
-    yield f"sum over rows N{N} C{C}", lambda: x.detach().sum(0, dtype=torch.float32), None
+    backwards: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]] = {
+        "layer norm": (lambda: op.LayerNorm.apply(x, weight), (x, weight)),
+        "rms norm, weighted": (lambda: op.WeightedRMSNorm.apply(x, weight), (x, weight)),
+        "rms norm": (lambda: op.RMSNorm.apply(x), (x,)),
+        "embedding": (lambda: op.Embedding.apply(table, ids, kind), (table,)),
+        "linear": (lambda: op.Linear.apply(x, matrix), (x, matrix)),
+    }
+    for name, (forward, wanted) in backwards.items():
+        make = partial(lambda forward, wanted: backward_of(forward(), wanted), forward, wanted)
+        yield f"{name} backward N{N} C{C}", make, None
+    calls: dict[str, tuple[Call, int | None]] = {
+        f"index_add N{N} V{V} C{C}": (
+            lambda: torch.zeros(V, C, device=job.device).index_add_(0, ids.view(-1), rows), 0
+        ),
+        f"sum over rows N{N} C{C}": (lambda: x.detach().sum(0, dtype=torch.float32), None),
+    }  # fmt: skip
+    yield from ready(calls)
 
 
 def optimizer_cases(job: Scratch) -> Iterable[Case]:
     """The fused AdamW, the norms of clipping, and reductions of the loss."""
-    C, count_ = (64, 3) if job.toy else (1536, 24)
-    weights = [torch.randn(4 * C, C, device=job.device).requires_grad_() for _ in range(count_)]
+    C, number = (64, 3) if job.toy else (1536, 24)
+    weights = [torch.randn(4 * C, C, device=job.device).requires_grad_() for _ in range(number)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     adamw = torch.optim.AdamW(weights, lr=1e-3, fused=True)
-    yield f"fused AdamW {count_} x {4 * C} x {C}", adamw.step, 0
     grads = [weight.grad for weight in weights]
-    yield f"_foreach_norm {count_} tensors", lambda: torch._foreach_norm(grads), None
-    yield (
-        f"clip_grad_norm_ {count_} tensors",
-        lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0),
-        None,
-    )
     N, V = (32, 512) if job.toy else (1024, 32768)
     logits = torch.randn(N, V, device=job.device)
     targets = torch.randint(V, (N, 1), device=job.device)
-    yield f"amax over logits N{N} V{V}", lambda: logits.amax(1, keepdim=True), None
-    yield f"sum over logits N{N} V{V}", lambda: logits.sum(1, keepdim=True), None
-    yield f"gather of targets N{N} V{V}", lambda: logits.gather(1, targets), None
-    rows = torch.randn(8, V, device=job.device)
-    probabilities = rows.softmax(-1)
-    yield f"topk V{V}", lambda: rows.topk(50), None
-    yield f"multinomial V{V}", lambda: torch.multinomial(probabilities, 1), None
+    probabilities = logits[:8].softmax(-1)
+    calls: dict[str, tuple[Call, int | None]] = {
+        f"fused AdamW {number} x {4 * C} x {C}": (adamw.step, 0),
+        f"_foreach_norm {number} tensors": (lambda: torch._foreach_norm(grads), None),
+        f"clip_grad_norm_ {number} tensors": (
+            lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0), None
+        ),
+        f"amax over logits N{N} V{V}": (lambda: logits.amax(1, keepdim=True), None),
+        f"sum over logits N{N} V{V}": (lambda: logits.sum(1, keepdim=True), None),
+        f"gather of targets N{N} V{V}": (lambda: logits.gather(1, targets), None),
+        f"topk of 8 rows V{V}": (lambda: logits[:8].topk(50), None),
+        f"multinomial of 8 rows V{V}": (lambda: torch.multinomial(probabilities, 1), None),
+    }  # fmt: skip
+    yield from ready(calls)
+
+
+def ready(calls: dict[str, tuple[Call, int | None]]) -> Iterable[Case]:
+    """Cases that need nothing made first."""
+    for name, (call, predicted) in calls.items():
+        yield name, partial(lambda call: call, call), predicted

@@ -243,24 +243,34 @@ def test_the_parent_predicts_without_torch() -> None:
     assert 0 < float(requested) <= float(allocated) <= float(reserved)
 
 
-def test_the_history_keeps_sizes_and_our_line_without_stacks() -> None:
+def test_the_history_keeps_pytorchs_entries_our_lines_and_our_phases() -> None:
     from campaign import counters
 
     frames = [
         {"filename": "/site/torch/nn/modules/module.py", "line": 1, "name": "forward"},
         {"filename": "/src/snugpt/model/gpt.py", "line": 69, "name": "attention"},
+        {"filename": "??", "line": 0, "name": "main"},
     ]
-    entry = {"action": "alloc", "addr": 7, "size": 512, "stream": 0, "time_us": 5, "frames": frames}
-    segment = {"address": 7, "total_size": 2048, "blocks": [{"size": 512, "frames": frames}]}
-    found = counters.compact(
-        {"device_traces": [[entry]], "segments": [segment]}, [(5_000, "forward")]
-    )
-    (kept,) = found["device_traces"][0]
-    assert (kept.pop("line"), kept) == (
-        "gpt.py:69:attention", {k: v for k, v in entry.items() if k != "frames"}
-    )  # fmt: skip
-    assert found["segments"] == [{"address": 7, "total_size": 2048, "blocks": [{"size": 512}]}]
-    assert found["marks"] == [{"time_us": 5, "phase": "forward"}]
+    ours = [{"filename": "gpt.py", "line": 69, "name": "attention"}]
+    entry = {"action": "alloc", "addr": 7, "size": 512, "stream": 0, "time_us": 5}
+    block = {"size": 2048, "state": "inactive"}
+    segment = {"address": 7, "total_size": 2048, "segment_pool_id": (0, 0)}
+    snapshot = {
+        "device_traces": [[entry | {"frames": frames}, entry | {"frames": frames}]],
+        "segments": [segment | {"frames": frames, "blocks": [block | {"frames": []}]}],
+        "allocator_settings": {"expandable_segments": False},
+    }
+    found = counters.compact(snapshot, [(5_000, "forward"), (9_000, "backward"), (12_000, "")])
+    assert found["device_traces"] == [[entry | {"frames": ours}] * 2]
+    first, second = found["device_traces"][0]
+    assert first["frames"] is second["frames"]  # pickled once
+    assert found["segments"] == [segment | {"frames": ours, "blocks": [block | {"frames": []}]}]
+    assert found["allocator_settings"] == snapshot["allocator_settings"]
+    ranges = [(a["name"], a["stage"], a["time_us"]) for a in found["external_annotations"]]
+    assert ranges == [
+        ("forward", "START", 5), ("forward", "END", 9),
+        ("backward", "START", 9), ("backward", "END", 12),
+    ]  # fmt: skip
 
 
 def test_phases_on_a_card_keep_the_highest_of_each_counter(monkeypatch: pytest.MonkeyPatch) -> None:
