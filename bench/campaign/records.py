@@ -89,6 +89,9 @@ def _scratch(record: Record) -> Iterable[str]:
         known = "" if said is None else f"{said / MIB:.3f}"
         yield f"  {case['case'][:48]:<49}{known:>9}{case['scratch_bytes'] / MIB:>10.3f}"
 
+    for name, reason in record["measured"]["missing"].items():
+        yield f"  {name} not counted: {reason}"[:79]
+
 
 def _predicted(record: Record) -> str:
     said = record.get("predicted")

@@ -219,6 +219,7 @@ def machine(job: Environment) -> dict[str, Any]:
         "cublas_bf16": first_call(lambda a: a @ a, torch.bfloat16),
         "cublas_fp32": first_call(lambda a: a @ a, torch.float32),
         "cublas_lt_bf16": first_call(lambda a: torch.addmm(a[0], a, a), torch.bfloat16),
+        "cublas_bf16_of_the_backward_thread": first_call(backward_product, torch.bfloat16),
     }
     return {
         "name": properties.name,
@@ -231,6 +232,13 @@ def machine(job: Environment) -> dict[str, Any]:
         "workspaces": workspaces,
         "after_products": driver_reading(before),
     }
+
+
+def backward_product(a: torch.Tensor) -> torch.Tensor:
+    """A product in autograd's own thread, which has a handle of its own: the gradient of a @ a."""
+    a = a.detach().requires_grad_()
+    (grad,) = torch.autograd.grad((a @ a).sum(), a)
+    return grad
 
 
 def first_call(call: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> int:

@@ -18,12 +18,12 @@ from campaign.counters import part
 from campaign.jobs import Scratch
 from snugpt.estimate.attending import attention
 from snugpt.estimate.operations import Buffer, Net
-from snugpt.model import functions as op
 from snugpt.model.attention import attend
 from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, shape_for
 
+aten = torch.ops.aten
 Call = Callable[[], object]
 Case = tuple[str, Callable[[], Call], int | None]  # what, maker of the call, predicted scratch
 BLOCK_BYTES = 512
@@ -141,40 +141,44 @@ def attention_forward(job: Scratch, backend, dtype, B, T, H, K, D) -> Call:
 def attention_backward(job: Scratch, backend, dtype, B, T, H, K, D) -> Call:
     """The backward alone: its results are the three gradients."""
     q, k, v = inputs(job, dtype, B, T, (H, K, K), D)
-    return backward_of(attend(q, k, v, backend=backend), (q, k, v))
-
-
-def backward_of(out: Tensor, wanted: tuple[Tensor, ...]) -> Call:
-    """The backward from `out` to the gradients of `wanted`, as often as one likes."""
+    out = attend(q, k, v, backend=backend)
     grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
 
 def weight_cases(job: Scratch) -> Iterable[Case]:
-    """Norms with weights, the embedding's gradient, and products that may want a workspace."""
+    """Norms with weights, the sum of an embedding's gradient, and products."""
     kind = torch.float32 if job.device == "cpu" else torch.bfloat16
     N, C, V = (128, 64, 512) if job.toy else (16384, 1536, 32768)
-    x = torch.randn(N, C, device=job.device).to(kind).requires_grad_()
-    weight = torch.ones(C, device=job.device).requires_grad_()
-    table = torch.randn(V, C, device=job.device).requires_grad_()
-    ids = torch.randint(V, (1, N), device=job.device)
-    matrix = torch.randn(4 * C, C, device=job.device).requires_grad_()
+    x, grad = (torch.randn(N, C, device=job.device).to(kind) for _ in range(2))
+    weight = torch.ones(C, device=job.device, dtype=kind)
+    ids = torch.randint(V, (N,), device=job.device)
+    wide = torch.randn(N, 4 * C, device=job.device).to(kind)
     rows = torch.randn(N, C, device=job.device)
-    backwards: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]] = {
-        "layer norm": (lambda: op.LayerNorm.apply(x, weight), (x, weight)),
-        "rms norm, weighted": (lambda: op.WeightedRMSNorm.apply(x, weight), (x, weight)),
-        "rms norm": (lambda: op.RMSNorm.apply(x), (x,)),
-        "embedding": (lambda: op.Embedding.apply(table, ids, kind), (table,)),
-        "linear": (lambda: op.Linear.apply(x, matrix), (x, matrix)),
-    }
-    for name, (forward, wanted) in backwards.items():
-        make = partial(lambda forward, wanted: backward_of(forward(), wanted), forward, wanted)
-        yield f"{name} backward N{N} C{C}", make, None
+
+    def layer_norm_backward() -> Call:
+        _, mean, rstd = aten.native_layer_norm(x, [C], weight, None, 1e-5)
+        wanted = [True, True, False]
+        return lambda: aten.native_layer_norm_backward(
+            grad, x, [C], mean, rstd, weight, None, wanted
+        )
+
+    def rms_norm_backward() -> Call:
+        _, rstd = aten._fused_rms_norm(x, [C], weight, 1e-5)
+        return lambda: aten._fused_rms_norm_backward(grad, x, [C], rstd, weight, [True, True])
+
+    yield f"layer norm backward N{N} C{C}", layer_norm_backward, None
+    if job.device == "cuda":  # elsewhere it is no kernel
+        yield f"rms norm backward N{N} C{C}", rms_norm_backward, None
     calls: dict[str, tuple[Call, int | None]] = {
+        f"layer norm N{N} C{C}": (lambda: aten.native_layer_norm(x, [C], weight, None, 1e-5), None),
+        f"rms norm N{N} C{C}": (lambda: aten._fused_rms_norm(x, [C], None, 1e-5), None),
+        f"product of weights' gradient N{N} C{C}": (lambda: wide.t() @ x, None),
         f"index_add N{N} V{V} C{C}": (
-            lambda: torch.zeros(V, C, device=job.device).index_add_(0, ids.view(-1), rows), 0
+            lambda: torch.zeros(V, C, device=job.device).index_add_(0, ids, rows), 0
         ),
-        f"sum over rows N{N} C{C}": (lambda: x.detach().sum(0, dtype=torch.float32), None),
+        f"sum over rows N{N} C{C}": (lambda: x.sum(0, dtype=torch.float32), None),
+        f"mean of each row N{N} C{C}": (lambda: x.mean(-1, keepdim=True), None),
     }  # fmt: skip
     yield from ready(calls)
 

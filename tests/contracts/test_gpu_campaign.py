@@ -20,6 +20,7 @@ from snugpt.spec.runtime import Runtime
 from snugpt.units import MIB
 
 BENCH = Path(gpu_memory.__file__).parent
+SCALAR_BYTES = 64  # what the walk leaves out of clipping and the fused AdamW
 ENVIRONMENT = {
     "python": "3", "platform": "p", "device": "a processor", "snugpt": "0", "gpu_id": None,
 }  # fmt: skip
@@ -364,3 +365,17 @@ def test_a_model_of_a_checkout_is_stepped_by_its_own_names(
     assert found["allocated_bytes"] > 2 * table_bytes + logits_bytes
     assert found["missing"] == {}
     assert len(found["step_ms"]) == 3
+
+
+@pytest.mark.parametrize("group", ["attention", "weights", "optimizer"])
+def test_every_operation_alone_is_counted(group: str) -> None:
+    from campaign import scratch
+    from campaign.jobs import Scratch
+
+    found = scratch.scratch(Scratch(device="cpu", group=group, toy=True))
+    assert found["missing"] == {}
+    assert len(found["cases"]) >= 2
+    for case in found["cases"]:
+        said = case["predicted_scratch_bytes"]
+        assert case["scratch_bytes"] >= 0
+        assert said is None or abs(case["scratch_bytes"] - said) <= SCALAR_BYTES, case
