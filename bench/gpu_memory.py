@@ -206,7 +206,9 @@ class Campaign:
             return outcome if outcome in ("fit", "oom") else None
 
         found = bisect(attempt, said["batch"]["expected"])
-        capped_by = "address space" if self.toy else "torch.cuda.set_per_process_memory_fraction"
+        capped_by = (
+            "counting afterwards" if self.toy else "torch.cuda.set_per_process_memory_fraction"
+        )
         reason = None if found.complete else trials[-1]["reason"] or "too many trials"
         return {
             "predicted": said, "outcome": "fit" if found.complete else "failed", "reason": reason,
@@ -267,7 +269,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="names of the set")
     parser.add_argument("--dry-run", action="store_true", help="what is predicted, for --gpu")
     parser.add_argument("--gpu", default="h200", help="card of a dry run")
-    parser.add_argument("--toy-cap", type=int, default=96 * 2**20, help=argparse.SUPPRESS)
+    parser.add_argument("--toy-cap", type=int, default=8 * 2**20, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -98,6 +98,7 @@ def training(job: Training) -> dict[str, Any]:
         evaluate_batch(model.eval(), recipe, batch_of(0))
         model.train()
     found = count.summary() | {"built_bytes": weights_bytes}
+    refuse_above(job.device, job.cap_bytes, found["allocated_bytes"])
     missing: dict[str, str] = {}
     if job.snapshot and job.device == "cuda":
         path = Path(job.snapshot)
@@ -306,15 +307,17 @@ def allocated_now(device: str) -> int | None:
 
 
 def bound_memory(device: str, cap_bytes: int | None) -> None:
-    """Bound what PyTorch may hold: by its own fraction on CUDA, by the address space on the CPU."""
-    if cap_bytes is None:
-        return
-    if device == "cuda":
+    """Bound what PyTorch's allocator may hold on a card, so that a small boundary can be found."""
+    if cap_bytes is not None and device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_bytes / total)
-    else:
-        import resource
 
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        room = pages * resource.getpagesize() + cap_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+
+def refuse_above(device: str, cap_bytes: int | None, peak_bytes: int) -> None:
+    """On the CPU, where nothing bounds the allocator, count afterwards what would have been full.
+
+    Raises:
+        MemoryError: the peak is above the cap.
+    """
+    if cap_bytes is not None and device == "cpu" and peak_bytes > cap_bytes:
+        raise MemoryError(f"counted afterwards: {peak_bytes} bytes, the cap is {cap_bytes}")
