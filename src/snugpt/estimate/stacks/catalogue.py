@@ -45,8 +45,7 @@ class Stack:
             training that is neither here, nor a lever, nor the planner's own, it lacks.
         most_gpus: how many cards it runs on at once.
         training_share: share of a card's dense rate that its training reaches.
-        expandable_segments: whether it has PyTorch grow segments in place, so that next to nothing
-            is reserved beyond what is allocated.
+        expandable_segments: whether it has PyTorch grow segments in place.
         version: nanochat's version; None for snugpt.
     """
 
@@ -84,6 +83,8 @@ SNUGPT = Stack(
             "checkpoint": ("none", "blocks"),
             "optimizer": ("muon", "adamw"),
             "fp8": ("off",),
+            "compile": ("off",),
+            "sharding": ("none",),
             "compute_dtype": ("bf16", "fp32"),
             "launcher": ("python",),
         }
@@ -107,6 +108,8 @@ def _nanochat(version: Version) -> Stack:
                 "checkpoint": ("none",),
                 "optimizer": ("muon",),
                 "fp8": ("off", "on") if version.fp8 else ("off",),
+                "compile": ("on",),
+                "sharding": ("none", "optimizer"),
                 "compute_dtype": ("bf16",),
                 "launcher": ("python", "torchrun"),
             }

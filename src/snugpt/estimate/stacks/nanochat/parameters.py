@@ -56,7 +56,7 @@ def shape_of(
             raise BadQuestionError(
                 f"depth = {depth} is not allowed: {version.name} has {heads} heads there, which do"
                 f" not divide its width {width}",
-                hint=f"snugpt plan --stack {version.name} --depth {depth + 1}",
+                hint=f"snugpt plan --stack {version.name} --gpu h100 --depth {depth + 1}",
             )
     shape = shape_for(
         "nanochat", depth, context_len=seq_len, width=width, heads=heads,

@@ -9,12 +9,14 @@ eager on single prompts and are left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import FP32, INT64, Buffer
 from snugpt.estimate.stacks.nanochat.kept import Kept, kept_at_edges, kept_by_layer, logits_bytes
 from snugpt.estimate.stacks.nanochat.optimizer import BF16, OptimizerStep, fixed
 from snugpt.estimate.stacks.nanochat.parameters import Tensor, all_tensors
 from snugpt.estimate.stacks.nanochat.versions import Version
-from snugpt.estimate.stacks.snugpt import cublas_workspace
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.spec.memory import Category, Phase
 from snugpt.spec.recipe import TrainingRecipe
@@ -39,6 +41,7 @@ class NanochatStep:
             communicates=version.communicates(recipe.launcher, recipe.world_size),
         )  # fmt: skip
         self.placed: list[Placed] = []
+        self.segments: dict[tuple[Phase, bool, bool], Segment] = {}
         layer = kept_by_layer(version, self.fp8)
         self.kept = {kept: self._kept(kept) for kept in (*layer, *kept_at_edges(version, self.fp8))}
         self.stream_gradient = self._tokens("activation gradients", 2 * shape.model_dim, "C·2")
@@ -82,7 +85,9 @@ class NanochatStep:
         buffers += self.optimizer.state()
         buffers += self.optimizer.held
         buffers += self._batches()
-        buffers += [cublas_workspace(self.runtime)] * HANDLES
+        space = scratch.cublas_workspace(self.runtime.capability)
+        workspace = fixed("cuBLAS workspace", "workspace", space, "constant of the card")
+        buffers += [workspace] * HANDLES
         return tuple(buffers)
 
     def _batches(self) -> list[Buffer]:
@@ -97,14 +102,12 @@ class NanochatStep:
     def _micro_step(self, *, first: bool) -> None:
         last = self.shape.num_layers
         edges = [self.kept[kept] for kept in kept_at_edges(self.version, self.fp8)]
-        for layer in range(last):
-            self._place("forward", layer, self._layer_forward(layer))
+        self._place_layers("forward", self._layer_forward, range(last))
         head = [] if self.fp8 else [Event(1, self.head_cast)]
         self._place("forward", last, [Event(1, edge) for edge in edges])
         self._place("loss", last, [*head, Event(1, self.logits[0]), Event(1, self.loss)])
         self._place("backward", last, self._head_backward(edges))
-        for layer in reversed(range(last)):
-            self._place("backward", layer, self._layer_backward(layer))
+        self._place_layers("backward", self._layer_backward, range(last - 1, -1, -1))
         self._place("backward", -1, self._embedding_backward(first=first))
 
     def _layer_forward(self, layer: int) -> list[Event]:
@@ -205,8 +208,7 @@ class NanochatStep:
         layer = [Event(1, normed), Event(1, cast), Event(1, wide)]
         layer += [Event(-1, each) for each in (normed, wide, cast)]
         self._place("evaluate", -1, [Event(1, stream)])
-        for index in range(self.shape.num_layers):
-            self._place("evaluate", index, layer)
+        self._place_layers("evaluate", lambda _: layer, range(self.shape.num_layers))
         end = [Event(1, normed), Event(-1, stream), Event(1, self.head_cast), Event(1, logits)]
         end += [Event(-1, normed), Event(-1, self.head_cast), Event(1, losses)]
         self._place("evaluate", self.shape.num_layers, [*end, Event(-1, logits), Event(-1, losses)])
@@ -216,6 +218,18 @@ class NanochatStep:
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
             self.placed.append(Placed(phase, layer, Segment(events, self.runtime.block_bytes)))
+
+    def _place_layers(
+        self, phase: Phase, segment_of: Callable[[int], list[Event]], layers: range
+    ) -> None:
+        """Place one segment per layer; each kind of layer is walked once, the first on its own."""
+        for layer in layers:
+            key = phase, self.shape.has_value_embedding(layer), layer == 0
+            made = self.segments.get(key)
+            if made is None:
+                made = Segment(segment_of(layer), self.runtime.block_bytes)
+                self.segments[key] = made
+            self.placed.append(Placed(phase, layer, made))
 
     def _tokens(
         self, name: str, token_bytes: int, text: str, category: Category = "activations"

@@ -27,8 +27,9 @@ class Version:
         ratio: tokens per parameter of a run that says nothing; `ratio_of` says of which.
         total_batch_tokens: tokens of a step that says nothing; None: the rule by the horizon.
         clips: whether gradients are clipped.
-        fp8: whether `--fp8` is derived. February's runs through torchao and is not.
+        fp8: whether it can train in FP8, and that is derived.
         options: its flags for our fields, as they are typed; what is absent it lacks.
+        lacks: fields that are lacking for a reason worth saying, each with it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Version:
     clips: bool
     fp8: bool
     options: Mapping[str, str]
+    lacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def value_embeddings(self) -> bool:
@@ -119,6 +121,7 @@ FEBRUARY = Version(
     clips=False,
     fp8=False,
     options=MappingProxyType(_FEBRUARY),
+    lacks=(("fp8", "its FP8 is torchao's, whose memory is not derived"),),
 )
 MARCH = Version(
     name="nanochat@2026-03",
