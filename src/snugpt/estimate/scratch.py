@@ -62,6 +62,11 @@ def efficient_backward(
     return max(before, inside, key=sum)
 
 
+def multinomial(V: int) -> int:
+    """Exponential noise the size of the probabilities (aten/native/Distributions.cpp), fp32."""
+    return V * FP32
+
+
 def cpu_attention_tile(T: int, S: int) -> tuple[int, int]:
     """Tile of the CPU's kernel in queries and keys (FlashAttentionKernel.cpp)."""
     queries = 256 if T >= 768 else 64 if T >= 192 else 32
@@ -141,6 +146,8 @@ ASSUMED: tuple[Assumed, ...] = (
     Assumed("sums and means over an axis", "cuda",
             "none counted; 4·outputs·blocks where one output is summed by several blocks",
             "ATen/native/cuda/Reduce.cuh", "193-203, 1260-1263."),
+    Assumed("drawing a token (multinomial)", "cuda", "B·V·4",
+            "ATen/native/Distributions.cpp", ""),
     Assumed("attention, forward", "cpu", "(tile·keys + tile·2 + tile·D)·4 per thread",
             "ATen/native/cpu/FlashAttentionKernel.cpp", "456-467"),
     Assumed("attention, backward", "cpu", "2·tile·keys·4 per thread + tile·4",

@@ -73,12 +73,17 @@ def scratch_of(runtime: Runtime):
     """Return the function that tells what an operation's kernel takes for itself, in bytes."""
     cuda = runtime.device == "cuda"
     rules = _cuda_rules(runtime.capability) if cuda else _cpu_rules(runtime.num_threads)
+    rules[aten.multinomial.default] = _multinomial
 
     def inside(func, args, result) -> tuple[int, ...]:
         rule = rules.get(func)
         return () if rule is None else rule(*args)
 
     return inside
+
+
+def _multinomial(probabilities: Tensor, *_) -> tuple[int, ...]:  # (B, V)
+    return (probabilities.shape[0] * scratch.multinomial(probabilities.shape[1]),)
 
 
 def _cuda_rules(capability: tuple[int, int] | None):

@@ -5,9 +5,12 @@ The second step is kept: optimizer state comes into being at the end of the firs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 import snugpt.model
@@ -34,8 +37,18 @@ def trace(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline:
     return traced(shape, recipe, runtime)  # type: ignore[arg-type]
 
 
-def trace_training(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Timeline:
-    """The second step and an evaluation batch after it."""
+def trace_training(
+    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime, most_micro_steps: int = 2
+) -> Timeline:
+    """The second step and an evaluation batch after it.
+
+    From the second micro-step on they are all alike: two stand for more.
+    """
+    if recipe.grad_accum_steps > most_micro_steps:
+        tokens = most_micro_steps * recipe.micro_batch_tokens
+        recipe = replace(
+            recipe, grad_accum_steps=most_micro_steps, world_size=1, total_batch_tokens=tokens
+        )
 
     def batch_of(_: int) -> Batch:
         size = recipe.device_batch_size, recipe.seq_len
@@ -44,7 +57,8 @@ def trace_training(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) 
         allocations.label(targets, "batch", "targets")
         return tokens, targets
 
-    with kernels_of(runtime), Allocations(scratch_of(runtime), MODEL_FOLDER) as allocations:
+    allocations = Allocations(scratch_of(runtime), MODEL_FOLDER)
+    with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
         model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
         model.recompute_blocks = recipe.checkpoint == "blocks"
         optimizers = optimizers_for(model, recipe)
@@ -83,6 +97,31 @@ def trace_generation(shape: ModelShape, recipe: GenerationRecipe, runtime: Runti
         allocations.mark("decode")
         take(tokens)
     return allocations.timeline(runtime.block_bytes)
+
+
+@contextmanager
+def _random_states_seen(allocations: Allocations, runtime: Runtime) -> Iterator[None]:
+    """Record the CPU's random states, which a checkpoint keeps and puts aside: none is dispatched,
+    and on the meta device nothing is put aside. On CUDA they are in host memory and do not count.
+    """
+    if runtime.device != "cpu":
+        yield
+        return
+    plain_state, plain_fork = torch.get_rng_state, torch.random.fork_rng
+
+    def state_seen() -> Tensor:
+        state = plain_state()
+        allocations.label(state, "activations", "random states")
+        return state
+
+    def fork_as_cpu(devices=None, enabled=True, device_type=None):
+        return plain_fork(devices=devices, enabled=enabled, device_type="cpu")
+
+    torch.get_rng_state, torch.random.fork_rng = state_seen, fork_as_cpu
+    try:
+        yield
+    finally:
+        torch.get_rng_state, torch.random.fork_rng = plain_state, plain_fork
 
 
 def _label_weights(allocations: Allocations, model: GPT) -> None:
