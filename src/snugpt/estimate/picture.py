@@ -33,7 +33,7 @@ PLOT = Span(66, 826)  # left and right edge of what is drawn
 TOP, BOTTOM = 84, 374
 BAND = 22  # height of the row of phases
 LETTER = 6.6  # widest a letter of 12 px is on average
-LONGEST_TITLE = 92  # letters
+LONGEST_TITLE = 104  # letters
 IN_SIGHT = 1.6  # of the areas' height: a limit further up would squash them
 LEGEND_COLUMNS, LEGEND_ROW = 4, 20
 
@@ -176,7 +176,7 @@ class _Picture:
             f" batch {self.batch}; phases not to scale with each other"
         )
         return [
-            svg.text(16, 26, self.title, extra='style="font-size:16px;font-weight:600"'),
+            svg.text(16, 26, self.title, extra='style="font-size:15px;font-weight:600"'),
             svg.text(16, 45, below, "soft"),
         ]
 
