@@ -8,28 +8,14 @@ from __future__ import annotations
 
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.simulation import simulate
+from snugpt.estimate.process import process_band, reserved_band
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.gpu import Gpu
-from snugpt.spec.memory import Basis, BytesBand, MemoryEstimate, MemoryTerm
+from snugpt.spec.memory import Basis, MemoryEstimate, MemoryTerm
 from snugpt.spec.recipe import GenerationRecipe, Recipe
 from snugpt.spec.runtime import Runtime, runtime_for
 from snugpt.spec.shape import ModelShape
-from snugpt.units import GIB, MIB
-
-# CUDA context and loaded kernels. Published: 141 MiB on a T4, 0.13 GiB on an A2000, 0.62 GiB on a
-# 5090.
-CONTEXT_BYTES = BytesBand(low=int(0.13 * GIB), expected=int(0.45 * GIB), high=int(0.75 * GIB))
-# Of one step's events in another order the simulation reserved up to a tenth more.
-RESERVED_FACTOR = 1.10
-# Python, torch, the kernels' own buffers and the text at hand, before the first tensor: 220 MiB
-# are resident after `import torch` of the CPU build, 500 after the CUDA build's. With what malloc
-# keeps back, processes were 470 to 1270 MiB above their allocated peak in runs that allocated 0.11
-# to 0.58 GiB (one 2-core Linux machine, torch 2.13, both builds). Assumed elsewhere.
-CPU_BASE_BYTES = BytesBand(low=300 * MIB, expected=700 * MIB, high=1250 * MIB)
-CPU_KEPT_EXPECTED, CPU_KEPT_HIGH = 1.1, 1.5
-
 
 _timelines: dict[tuple[object, ...], Timeline] = {}
 
@@ -66,13 +52,6 @@ def peak_bytes(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> int:
     return timeline_of(shape, recipe, runtime).peak_bytes(batch_of(recipe))
 
 
-def highest_process_bytes(peak: int, runtime: Runtime) -> int:
-    """What a process whose tensors peak at `peak` may come to, before the simulation is asked."""
-    if runtime.device == "cpu":
-        return CPU_BASE_BYTES.high + int(peak * CPU_KEPT_HIGH)
-    return CONTEXT_BYTES.high + int(peak * RESERVED_FACTOR)
-
-
 def memory_estimate(
     shape: ModelShape,
     recipe: Recipe,
@@ -91,8 +70,8 @@ def memory_estimate(
     timeline, batch = timeline_of(shape, recipe, runtime), batch_of(recipe)
     alive, _ = timeline.read(batch)
     requested, requested_phases = timeline.read(batch, workspace=False)
-    reserved, allocated = _reserved(timeline, batch, runtime, alive.bytes)
-    process = _process(reserved, runtime)
+    reserved, allocated = reserved_band(timeline, batch, runtime, alive.bytes)
+    process = process_band(reserved, runtime)
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
         requested_bytes=requested.bytes,
@@ -112,30 +91,6 @@ def runtime_of(shape: ModelShape, recipe: Recipe, gpu: Gpu, num_threads: int) ->
     if isinstance(recipe, GenerationRecipe):
         return runtime_for(gpu, recipe.weight_dtype, 0.0, num_threads)
     return runtime_for(gpu, recipe.compute_dtype, shape.dropout, num_threads)
-
-
-def _reserved(timeline: Timeline, batch: int, runtime: Runtime, peak: int) -> tuple[BytesBand, int]:
-    """Reserved bytes and, with the unsplit rest of blocks, allocated bytes."""
-    if runtime.device == "cpu":  # malloc hands out what is asked for
-        return BytesBand(low=peak, expected=peak, high=peak), peak
-    simulated = simulate(timeline, batch)
-    high = int(simulated.reserved_bytes * RESERVED_FACTOR)
-    low = simulated.allocated_bytes
-    return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
-
-
-def _process(reserved: BytesBand, runtime: Runtime) -> BytesBand:
-    if runtime.device == "cuda":
-        return BytesBand(
-            low=reserved.low + CONTEXT_BYTES.low,
-            expected=reserved.expected + CONTEXT_BYTES.expected,
-            high=reserved.high + CONTEXT_BYTES.high,
-        )
-    return BytesBand(
-        low=reserved.low + CPU_BASE_BYTES.low,
-        expected=int(reserved.expected * CPU_KEPT_EXPECTED) + CPU_BASE_BYTES.expected,
-        high=int(reserved.high * CPU_KEPT_HIGH) + CPU_BASE_BYTES.high,
-    )
 
 
 def _terms(
