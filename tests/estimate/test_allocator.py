@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_allocator import NaiveAllocator
 from training_questions import question
 
+from naive_allocator import NaiveAllocator
 from snugpt.estimate.allocator import CachingAllocator, OutOfMemoryError
 from snugpt.estimate.blocks import Block
 from snugpt.estimate.expandable import ExpandableAllocator

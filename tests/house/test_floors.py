@@ -16,7 +16,7 @@ FLOORS = {
     "estimate": 2,
     "planner": 3, "ledger": 3,
     "model": 4, "data": 4,
-    "run": 5,
+    "run": 5, "tracing": 5,
     "api": 6,
     "cli": 7,
 }  # fmt: skip

@@ -1,13 +1,12 @@
 """Attention as an operation, one description per kernel: the twin of `model/attention.py`.
 
-Scratch inside a kernel can't be seen from outside it; each figure names the source it was read
-from. Those of CUDA are derived from the sources and assumed until a CUDA record exists.
+What kernels take for themselves stands in `scratch.py`, with its sources.
 """
 
 from __future__ import annotations
 
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import BOOL, FP32, INT64, Buffer, Net, Operation
-from snugpt.spec.memory import Category
 from snugpt.units import round_up
 
 Scratch = tuple[Buffer, ...]
@@ -22,22 +21,24 @@ def attention(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
 
 def cached_attention(net: Net, q: Buffer, key_tokens: int) -> Operation:
     """Attention over what a cache holds, without gradients; keys and values are views of it."""
+    shape, size = net.shape, net.width_bytes
     out, statistics = _out(net, q), _statistics(net)
-    if net.runtime.attention == "efficient" and net.shape.num_heads > net.shape.num_kv_heads:
-        H, D, size = net.shape.num_heads, net.shape.head_dim, net.width_bytes
-        keys = Buffer(
-            "repeated keys", "activations", 0, key_tokens * H * D * size, f"B·S·H·D·{size}"
+    state = _random_state(net) if net.cuda else ()
+    copies: Scratch = ()
+    if net.runtime.attention == "efficient" and shape.num_heads > shape.num_kv_heads:
+        each, text = key_tokens * shape.model_dim * size, f"B·S·H·D·{size}"
+        copies = tuple(
+            Buffer("repeated keys and values", "activations", 0, each, text) for _ in "kv"
         )
-        values = Buffer("repeated values", "activations", 0, keys.sequence_bytes, keys.formula)
-        scratch: Scratch = (keys, values)
-    else:
-        scratch = _cpu_forward_scratch(net, key_tokens) if net.runtime.device == "cpu" else ()
+    inside = () if net.cuda else _cpu_forward_scratch(net, key_tokens)
     return Operation(
         name="attention",
         reads=(q,),
         result=out,
-        forward=(out, statistics, *scratch, *scratch, statistics),
-    )
+        forward=(
+            *copies, out, statistics, *state, *inside, *inside, *copies, statistics, *state
+        ),
+    )  # fmt: skip
 
 
 def _out(net: Net, q: Buffer) -> Buffer:
@@ -60,12 +61,11 @@ def _random_state(net: Net) -> Scratch:
 def _cpu(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     """The CPU's tiled kernel (FlashAttentionKernel.cpp): one tile of scores per thread."""
     out, statistics = _out(net, q), _statistics(net)
-    queries, keys = attention_tile(net.seq_len, net.seq_len)
     forward = _cpu_forward_scratch(net, net.seq_len)
-    tile = 2 * queries * keys * FP32 * net.runtime.num_threads
-    backward = (
-        net.fixed("attention scratch", "workspace", tile, "2·tile·threads·4"),
-        net.fixed("attention scratch", "workspace", queries * FP32, "tile rows·4"),
+    sizes = scratch.cpu_attention_backward(net.seq_len, net.seq_len, net.runtime.num_threads)
+    backward = tuple(
+        net.fixed("attention scratch", "workspace", size, text)
+        for size, text in zip(sizes, ("2·tile·threads·4", "tile rows·4"), strict=True)
     )
     grads = tuple(net.gradient_of(x) for x in (q, k, v))
     return Operation(
@@ -80,31 +80,22 @@ def _cpu(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
 
 
 def _cpu_forward_scratch(net: Net, key_tokens: int) -> Scratch:
-    """Scores, row maxima and sums, and the output of one tile, for each thread, in fp32."""
-    queries, keys = attention_tile(net.seq_len, key_tokens)
-    elements = queries * (keys + 2 + net.shape.head_dim)
-    size = elements * FP32 * net.runtime.num_threads
-    return (net.fixed("attention scratch", "workspace", size, "tile·threads·4"),)
-
-
-def attention_tile(query_tokens: int, key_tokens: int) -> tuple[int, int]:
-    """Tile of the CPU's kernel in queries and keys (FlashAttentionKernel.cpp)."""
-    queries = 256 if query_tokens >= 768 else 64 if query_tokens >= 192 else 32
-    return min(queries, query_tokens), min(512, key_tokens)
+    sizes = scratch.cpu_attention_forward(
+        net.seq_len, key_tokens, net.shape.head_dim, net.runtime.num_threads
+    )
+    return tuple(
+        net.fixed("attention scratch", "workspace", size, "tile·threads·4") for size in sizes
+    )
 
 
 def _flash(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
-    """FlashAttention-2 (flash_api.cpp, mha_bwd): an fp32 query gradient and one sum per row.
-
-    T is rounded up to 128, D to 32; with grouped heads dk and dv are first made for every head.
-    """
+    """FlashAttention-2: windows and grouped heads inside the kernel."""
     shape = net.shape
     out, statistics, state = _out(net, q), _statistics(net), _random_state(net)
-    T, H, D = round_up(net.seq_len, 128), shape.num_heads, round_up(shape.head_dim, 32)
-    sums = Buffer("attention scratch", "workspace", 0, T * H * FP32, "B·T·H·4")
-    grad_queries = Buffer("attention scratch", "workspace", 0, T * H * D * FP32, "B·T·H·D·4")
-    expanded = _expanded_gradients(net, "workspace") if shape.num_kv_heads < H else ()
-    scratch = (sums, grad_queries, *expanded)
+    sizes = scratch.flash_backward(
+        net.seq_len, shape.num_heads, shape.num_kv_heads, shape.head_dim, net.width_bytes
+    )
+    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4", "B·T·H·D·2", "B·T·H·D·2"))
     grads = tuple(net.gradient_of(x) for x in (q, k, v))
     return Operation(
         name="attention",
@@ -112,38 +103,34 @@ def _flash(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
         result=out,
         forward=(out, statistics, *state),
         keeps=(q, k, v, out, statistics, *state),
-        backward=(*grads, *scratch, *scratch),
+        backward=(*grads, *inside, *inside),
         gradients=tuple(zip((q, k, v), grads, strict=True)),
     )
 
 
+def _attention_scratch(sizes: tuple[int, ...], texts: tuple[str, ...]) -> Scratch:
+    return tuple(
+        Buffer("attention scratch", "workspace", 0, size, text)
+        for size, text in zip(sizes, texts, strict=False)
+    )
+
+
 def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
-    """The memory-efficient kernel (attention_backward.cu): below fp32 an fp32 query gradient."""
+    """The memory-efficient kernel: grouped heads by repeated keys and values."""
     shape = net.shape
     out, statistics, state = _out(net, q), _statistics(net), _random_state(net)
     grads = tuple(net.gradient_of(x) for x in (q, k, v))
     repeats = shape.num_heads > shape.num_kv_heads
-    copies = _expanded_gradients(net, "activations") if repeats else ()
-    wide = _expanded_gradients(net, "activations") if repeats else ()
-    rows = round_up(net.seq_len, 32) * shape.num_heads
-    scratch = [Buffer("attention scratch", "workspace", 0, rows * FP32, "B·T·H·4")]
-    if net.width_bytes < FP32:
-        size = rows * shape.head_dim * FP32
-        scratch.append(Buffer("attention scratch", "workspace", 0, size, "B·T·H·D·4"))
+    copies = _repeated(net) if repeats else ()
+    wide = _repeated(net) if repeats else ()
+    sizes = scratch.efficient_backward(
+        net.seq_len, shape.num_heads, shape.head_dim, net.width_bytes, net.runtime.capability
+    )
+    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4", "B·T·H·4"))
     if repeats:
-        backward = (
-            *copies,
-            grads[0],
-            *wide,
-            *scratch,
-            *scratch,
-            grads[1],
-            grads[2],
-            *wide,
-            *copies,
-        )
+        backward = (*copies, grads[0], *wide, *inside, *inside, grads[1], grads[2], *wide, *copies)
     else:
-        backward = (*grads, *scratch, *scratch)
+        backward = (*grads, *inside, *inside)
     return Operation(
         name="attention",
         reads=(q, k, v),
@@ -152,49 +139,68 @@ def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
         keeps=(q, k, v, out, statistics, *state),
         backward=backward,
         gradients=tuple(zip((q, k, v), grads, strict=True)),
-    )
+    )  # fmt: skip
 
 
-def _expanded_gradients(net: Net, category: Category) -> Scratch:
+def _repeated(net: Net) -> Scratch:
     """Keys and values, or their gradients, for every head instead of every kv head."""
     H, D, size = net.shape.num_heads, net.shape.head_dim, net.width_bytes
     each = net.seq_len * H * D * size
-    name = "attention scratch" if category == "workspace" else "repeated keys and values"
-    return tuple(Buffer(name, category, 0, each, f"B·T·H·D·{size}") for _ in range(2))
+    return tuple(
+        Buffer("repeated keys and values", "activations", 0, each, f"B·T·H·D·{size}")
+        for _ in range(2)
+    )
 
 
 def _math(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
-    """`attention.MathAttention`: copies by head, the weights, and what was dropped of them."""
-    T, H, size = net.seq_len, net.shape.num_heads, net.width_bytes
-    grads = tuple(net.gradient_of(x) for x in (q, k, v))
-    copies = tuple(
-        Buffer("queries, keys, values by head", "activations", 0, x.sequence_bytes, x.formula)
-        for x in (q, k, v)
-    )
-    out = _out(net, q)
+    """`attention.MathAttention`: copies by head, the weights, and what was dropped of them.
+
+    What is already in order is not copied: a single head, a single kv head's sum.
+    """
+    T, H, K, size = net.seq_len, net.shape.num_heads, net.shape.num_kv_heads, net.width_bytes
+
+    def by_head(x: Buffer) -> Buffer:
+        name = "queries, keys, values by head"
+        return x if H == 1 else Buffer(name, "activations", 0, q.sequence_bytes, q.formula)
 
     def square(name: str, element_bytes: int) -> Buffer:
         bytes_per_sequence = H * T * T * element_bytes
         return Buffer(name, "activations", 0, bytes_per_sequence, f"B·H·T·T·{element_bytes}")
 
+    heads = tuple(by_head(x) for x in (q, k, v))
+    copies = () if H == 1 else heads
+    out = _out(net, q)
+    result = by_head(out)
+    made = (out,) if H == 1 else (result, out, result)
     weights, dropped = square("attention weights", size), square("dropout masks", BOOL)
     kept, slope, product = (square("attention weights", size) for _ in range(3))
     future = net.fixed("future mask", "activations", T * T * BOOL, "T·T")
-    sums = Buffer("attention statistics", "activations", 0, H * T * size, f"B·H·T·{size}")
-    by_head, grad = net.gradient_of(q), net.gradient_of(q)
-    parts = tuple(net.gradient_of(x) for x in (v, q, k))
-    grad_q, grad_k, grad_v = grads
+    rows, text = H * T * size, f"B·H·T·{size}"
+    sums, highest, totals = (
+        Buffer("attention statistics", "activations", 0, rows, text) for _ in range(3)
+    )
+    grad_q, grad_k, grad_v = (net.gradient_of(x) for x in (q, k, v))
+    by_head_grad = () if H == 1 else (net.gradient_of(q),)
+
+    def by_token(grad: Buffer, heads_there: int) -> Scratch:
+        """The gradient of each query head, a sum where heads share, and a copy by token."""
+        each, total = net.gradient_of(q), net.gradient_of(grad)
+        if heads_there == H:
+            return (grad,) if H == 1 else (each, grad, each)
+        return (each, grad, each) if heads_there == 1 else (each, total, each, grad, total)
+
     return Operation(
         name="attention",
         reads=(q, k, v),
         result=out,
         forward=(
-            *copies, weights, future, dropped, kept, by_head, out, by_head, future, kept
+            *copies, weights, future, highest, highest, totals, totals, dropped, kept,
+            *made, future, kept,
         ),
-        keeps=(*copies, weights, dropped),
+        keeps=(*heads, weights, dropped),
         backward=(
-            grad, slope, parts[0], grad_v, parts[0], product, sums, sums, product,
-            parts[1], grad_q, parts[1], parts[2], grad_k, parts[2], slope, grad,
+            *by_head_grad, slope, *by_token(grad_v, K), product, sums, sums, product,
+            *by_token(grad_q, H), *by_token(grad_k, K), slope, *by_head_grad,
         ),
         gradients=((q, grad_q), (k, grad_k), (v, grad_v)),
     )  # fmt: skip

@@ -10,6 +10,7 @@ Shapes: B batch, T time, C channels, H heads, K kv heads, D head size, M mlp wid
 
 from __future__ import annotations
 
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import BOOL, FP32, Buffer, Net, Operation, Weight
 from snugpt.spec.shape import GATE_CHANNELS
 
@@ -65,6 +66,7 @@ def linear(net: Net, x: Buffer, weight: Weight, name: str, text: str) -> Operati
         backward=(*cast, grad_x, *cast, *low, grad_weight, *low),
         gradients=((x, grad_x),),
         weight_gradients=((weight, grad_weight),),
+        gives_views=True,
     )
 
 
@@ -78,7 +80,7 @@ def norm(net: Net, x: Buffer, heads: int, *, name: str, text: str) -> Operation:
         name="norm",
         reads=(x,),
         result=out,
-        forward=(rstd, out),
+        forward=(out, rstd) if net.cuda else (rstd, out),
         keeps=(out, rstd),
         backward=(grad_x, mean, mean),
         gradients=((x, grad_x),),
@@ -90,13 +92,19 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
     out = Buffer(name, "activations", x.fixed_bytes, x.sequence_bytes, x.formula)
     cast = net.cast_of(weight)
     layer_norm = net.shape.style == "gpt2"
-    statistics = net.per_token(
-        "norm statistics", 2 if layer_norm else 1, "2" if layer_norm else "", element_bytes=FP32
+    statistics = tuple(
+        net.per_token("norm statistics", 1, "", element_bytes=FP32)
+        for _ in range(2 if layer_norm else 1)  # mean and 1 / std, or 1 / rms
     )
+    fused = layer_norm or net.cuda
+    results = (out, *statistics) if fused else (*statistics, out)
     grad_x, grad_weight = net.gradient_of(x), net.weight_gradient(weight)
-    if layer_norm or net.cuda:
-        scratch = _partial_sums(net, weight)
-        backward = (*cast, grad_x, grad_weight, *scratch, *scratch, *cast)
+    if fused:
+        parts = _partial_sums(net, weight)
+        low = net.cast_of(weight)  # the kernel's gradient has the dtype of the cast weight
+        made = (*cast, grad_x, *low, *parts, *parts)
+        last = (*cast, grad_weight, *low) if layer_norm else (grad_weight, *low, *cast)
+        backward = (*made, *last)
     else:
         unit, mean = net.gradient_of(x), net.per_token("norm statistics", 1, "", element_bytes=FP32)
         backward = (unit, grad_x, grad_weight, mean, unit, mean)
@@ -104,8 +112,8 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
         name="norm",
         reads=(x,),
         result=out,
-        forward=(*cast, statistics, out, *cast),
-        keeps=(x, statistics),
+        forward=(*cast, *results, *cast),
+        keeps=(x, *statistics),
         backward=backward,
         gradients=((x, grad_x),),
         weight_gradients=((weight, grad_weight),),
@@ -134,7 +142,7 @@ def value_gate(net: Net, h: Buffer, v: Buffer, ve: Buffer, weight: Weight) -> Op
         else ()
     )
     product, slope = net.gradient_of(v), net.per_token("value gates", K, "K")
-    half = net.per_token("value gates", K, "K")
+    half, rest = (net.per_token("value gates", K, "K") for _ in range(2))
     grad_h, grad_ve = net.gradient_of(h), net.gradient_of(ve)
     channels = net.per_token("value gates", GATE_CHANNELS, "12")
     return Operation(
@@ -144,7 +152,7 @@ def value_gate(net: Net, h: Buffer, v: Buffer, ve: Buffer, weight: Weight) -> Op
         forward=(*cast, gate, *cast, out),
         keeps=(h, ve, gate),
         backward=(
-            product, slope, product, half, half, *low, grad_weight, *low, grad_h,
+            product, slope, product, half, rest, half, rest, *low, grad_weight, *low, grad_h,
             *cast, channels, *cast, channels, grad_ve, slope,
         ),
         gradients=((h, grad_h), (v, None), (ve, grad_ve)),
@@ -214,10 +222,13 @@ def head_loss(net: Net, h: Buffer, weight: Weight, chunk_tokens: int | None) -> 
     low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     grad_low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
-    rows = chunk_of(net, chunk_tokens, 4, FP32, "4")
+    right, highest, total, ones = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(4))
     capped = (chunk_of(net, chunk_tokens, V, FP32, "V"),) if net.shape.logit_softcap else ()
+    chunk_loss = net.fixed("loss", "logits", FP32, "4")
     chunk = (
-        *low, logits, *low, rows, *capped, *capped, rows,
+        *low, logits, *low,
+        right, highest, *capped, total, ones, ones, chunk_loss,
+        right, highest, *capped, total, chunk_loss,
         *grad_low, *((logits,) if net.casts else ()),
         *product, *product, *(grad_low or (logits,)),
     )  # fmt: skip
@@ -240,13 +251,16 @@ def token_losses(net: Net, h: Buffer, chunk_tokens: int | None) -> Operation:
     cast = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.casts else ()
     low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
-    rows = chunk_of(net, chunk_tokens, 3, FP32, "3")
+    right, highest, total = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(3))
     return Operation(
         name="cross-entropy",
         reads=(h,),
         result=losses,
-        forward=(*cast, losses, *low, logits, *low, rows, rows, logits, *cast),
-    )
+        forward=(
+            *cast, losses, *low, logits, *low, right, highest, total,
+            logits, right, highest, total, *cast,
+        ),
+    )  # fmt: skip
 
 
 def cache_write(net: Net, k: Buffer, v: Buffer) -> Operation:
@@ -279,12 +293,8 @@ def _half(grad: Buffer, net: Net) -> tuple[int, int]:
 
 
 def _partial_sums(net: Net, weight: Weight) -> tuple[Buffer, ...]:
-    """Scratch of the norm's weight gradient, summed in parts.
-
-    CPU: (2, threads, C) fp32, layer_norm_kernel.cpp. CUDA: below a MiB, layer_norm_kernel.cu:
-    left out, as it is far from any peak.
-    """
-    if net.cuda:
+    """Scratch of the norm's weight gradient, summed in parts."""
+    if net.cuda:  # at most 4 MiB, and only of many narrow rows: see scratch.ASSUMED
         return ()
-    size = 2 * net.runtime.num_threads * weight.elements * FP32
-    return (net.fixed("norm scratch", "workspace", size, "2·threads·C·4"),)
+    sizes = scratch.cpu_layer_norm_backward(weight.elements, net.runtime.num_threads)
+    return tuple(net.fixed("norm scratch", "workspace", n, "2·threads·C·4") for n in sizes)

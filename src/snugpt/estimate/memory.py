@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.process import process_band, reserved_band
+from snugpt.estimate.process import outside_bytes, process_band, reserved_band
+from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Alive, Timeline
-from snugpt.estimate.training import TrainingStep
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Basis, MemoryEstimate, MemoryTerm
 from snugpt.spec.recipe import GenerationRecipe, Recipe
@@ -29,6 +29,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
             recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
+            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8,
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:
@@ -37,7 +38,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
         if isinstance(recipe, GenerationRecipe):
             found = generation_timeline(shape, recipe, runtime)
         else:
-            found = TrainingStep(shape, recipe, runtime).timeline()
+            found = stack_of(recipe).timeline(shape, recipe, runtime)
         _timelines[key] = found
     return found
 
@@ -70,8 +71,11 @@ def memory_estimate(
     timeline, batch = timeline_of(shape, recipe, runtime), batch_of(recipe)
     alive, _ = timeline.read(batch)
     requested, requested_phases = timeline.read(batch, workspace=False)
-    reserved, allocated = reserved_band(timeline, batch, runtime, alive.bytes)
-    process = process_band(reserved, runtime)
+    expandable = stack_of(recipe).expandable_segments
+    reserved, allocated = reserved_band(
+        timeline, batch, runtime, alive.bytes, expandable=expandable
+    )
+    process = process_band(reserved, runtime, outside_bytes(recipe))
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
         requested_bytes=requested.bytes,

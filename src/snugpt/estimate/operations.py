@@ -49,7 +49,10 @@ WeightGradient = tuple[Weight, Buffer]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """One call: see the module docstring for `forward` and `backward`."""
+    """One call: see the module docstring for `forward` and `backward`.
+
+    Where `gives_views`, its gradients are views of other tensors, into which autograd never adds.
+    """
 
     name: str
     reads: tuple[Buffer, ...]
@@ -59,6 +62,7 @@ class Operation:
     backward: tuple[Buffer, ...] = ()
     gradients: tuple[Gradient, ...] = ()
     weight_gradients: tuple[WeightGradient, ...] = ()
+    gives_views: bool = False
 
 
 @dataclass(frozen=True, slots=True)

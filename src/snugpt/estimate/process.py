@@ -8,8 +8,10 @@ figures come from bench/results/reserved_band.txt. Snapshots of real runs are to
 from __future__ import annotations
 
 from snugpt.estimate.simulation import simulate
+from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Timeline
 from snugpt.spec.memory import BytesBand
+from snugpt.spec.recipe import Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.units import GIB, MIB
 
@@ -17,13 +19,19 @@ from snugpt.units import GIB, MIB
 # 5090.
 CONTEXT_BYTES = BytesBand(low=int(0.13 * GIB), expected=int(0.45 * GIB), high=int(0.75 * GIB))
 
+# What NCCL takes beside PyTorch: little for one rank, channels and buffers between several.
+# Assumed: nobody publishes it for nanochat.
+NCCL_ALONE_BYTES = BytesBand(low=0, expected=int(0.2 * GIB), high=int(0.5 * GIB))
+NCCL_BYTES = BytesBand(low=int(0.2 * GIB), expected=int(0.8 * GIB), high=int(2.0 * GIB))
+
 # Eager, one stream: reserved is simulated event by event. Above it, for what the walk does not
 # know: 24 steps of 0.8 to 11.3 GiB played with events in a somewhat other order and scratch in
 # between held at most 1.153 times (native) and 1.133 times (expandable) what the walked step held,
 # in 1152 variations; those above 8 GiB at most 1.022 times. A tenth and 64 MiB cover all of them.
 # No published pair is of an eager GPT, so the tenth stays although the simulation alone would allow
-# less; expandable segments get no smaller one for the same reason.
-RESERVED_FACTOR = 1.10
+# less. With expandable segments pages go back one by one before memory runs out: what must be held
+# is less than what is. nanochat's 20 layers ran at batch 32 on 80 GB cards, 73.7 GiB allocated.
+RESERVED_FACTOR, EXPANDABLE_FACTOR = 1.10, 1.02
 RESERVED_REST_BYTES = 64 * MIB
 
 # Compiled: the order of a compiled step's allocations is not walked, so reserved is a ratio to
@@ -54,7 +62,7 @@ def reserved_band(
     if runtime.device == "cpu":  # malloc hands out what is asked for
         return BytesBand(low=peak, expected=peak, high=peak), peak
     simulated = simulate(timeline, batch, expandable=expandable)
-    high = int(simulated.reserved_bytes * RESERVED_FACTOR) + RESERVED_REST_BYTES
+    high = _highest_reserved(simulated.reserved_bytes, expandable)
     low = simulated.allocated_bytes
     return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
 
@@ -70,13 +78,13 @@ def compiled_reserved_band(allocated: int, *, several_shapes: bool = False) -> B
     return BytesBand(low=allocated, expected=int(allocated * expected), high=int(allocated * high))
 
 
-def process_band(reserved: BytesBand, runtime: Runtime) -> BytesBand:
+def process_band(reserved: BytesBand, runtime: Runtime, outside: BytesBand) -> BytesBand:
     """What the device must have: reserved and what lies outside PyTorch."""
     if runtime.device == "cuda":
         return BytesBand(
-            low=reserved.low + CONTEXT_BYTES.low,
-            expected=reserved.expected + CONTEXT_BYTES.expected,
-            high=reserved.high + CONTEXT_BYTES.high,
+            low=reserved.low + outside.low,
+            expected=reserved.expected + outside.expected,
+            high=reserved.high + outside.high,
         )
     return BytesBand(
         low=reserved.low + CPU_BASE_BYTES.low,
@@ -85,8 +93,26 @@ def process_band(reserved: BytesBand, runtime: Runtime) -> BytesBand:
     )
 
 
-def highest_process_bytes(peak: int, runtime: Runtime) -> int:
+def outside_bytes(recipe: Recipe) -> BytesBand:
+    """What lies on the card beside PyTorch: the CUDA context, and NCCL under torchrun."""
+    if not isinstance(recipe, TrainingRecipe) or recipe.launcher == "python":
+        return CONTEXT_BYTES
+    nccl = NCCL_BYTES if recipe.world_size > 1 else NCCL_ALONE_BYTES
+    return BytesBand(
+        low=CONTEXT_BYTES.low + nccl.low,
+        expected=CONTEXT_BYTES.expected + nccl.expected,
+        high=CONTEXT_BYTES.high + nccl.high,
+    )
+
+
+def highest_process_bytes(peak: int, runtime: Runtime, recipe: Recipe) -> int:
     """What a process whose tensors peak at `peak` may come to, before the simulation is asked."""
     if runtime.device == "cpu":
         return CPU_BASE_BYTES.high + int(peak * CPU_KEPT_HIGH)
-    return CONTEXT_BYTES.high + int(peak * RESERVED_FACTOR) + RESERVED_REST_BYTES
+    expandable = stack_of(recipe).expandable_segments
+    return outside_bytes(recipe).high + _highest_reserved(peak, expandable)
+
+
+def _highest_reserved(num_bytes: int, expandable: bool) -> int:
+    factor = EXPANDABLE_FACTOR if expandable else RESERVED_FACTOR
+    return int(num_bytes * factor) + RESERVED_REST_BYTES

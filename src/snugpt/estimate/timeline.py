@@ -63,12 +63,17 @@ class Alive(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """One step: what lies in memory before it, and what happens then."""
+    """One step: what lies in memory before it, and what happens then.
+
+    In an `abridged` phase one repetition stands for many that are alike: a chunk of the loss, the
+    update of a matrix. Its peak is right, its list of events is not complete.
+    """
 
     resident: tuple[Buffer, ...]
     placed: tuple[Placed, ...]
     block_bytes: int
     aliases: dict[Buffer, Buffer] = field(default_factory=dict)  # one tensor under two names
+    abridged: frozenset[Phase] = frozenset()
 
     @cached_property
     def envelope(self) -> tuple[Line, ...]:

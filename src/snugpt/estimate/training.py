@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from snugpt.estimate import kinds as kind
+from snugpt.estimate import scratch
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import all_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
@@ -22,7 +23,6 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 
-TRANSPOSE_TILE = 60  # PyTorch copies a transposed matrix by tiles of 60 x 60 (aten/native/Copy.cpp)
 CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
 
 
@@ -66,7 +66,12 @@ class TrainingStep:
         self._place("optimizer", -1, [Event(-1, total)])
         self._evaluate()
         resident = stack.resident(self.net, self.recipe.optimizer)
-        return Timeline(resident, tuple(self.placed), self.block_bytes, self.aliases)
+        abridged: set[Phase] = {"optimizer"}
+        if self.chunk is not None:
+            abridged |= {"loss", "evaluate"}
+        return Timeline(
+            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged)
+        )
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
@@ -154,11 +159,13 @@ class TrainingStep:
     def _clip(self) -> list[Event]:
         """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
         num_tensors = sum(1 for _ in all_weights(self.shape))
-        each = self.net.fixed("gradient norms", "workspace", FP32, "4 per parameter tensor")
-        stacked = self.net.fixed("gradient norms", "workspace", num_tensors * FP32, "tensors·4")
+        each = self.net.fixed("gradient norms", "gradients", FP32, "4 per parameter tensor")
+        stacked = self.net.fixed("gradient norms", "gradients", num_tensors * FP32, "tensors·4")
+        total = self.net.fixed("gradient norms", "gradients", FP32, "4")
+        norms = [Event(1, each)] * num_tensors
         return [
-            *(Event(1, each) for _ in range(num_tensors)), Event(1, stacked), Event(-1, stacked),
-            *(Event(-1, each) for _ in range(num_tensors)),
+            *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
+            *(Event(-1, norm) for _, norm in norms), Event(-1, total),
         ]  # fmt: skip
 
     def _matrix_updates(self) -> list[Event]:
@@ -184,9 +191,9 @@ class TrainingStep:
         cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
         gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
         first = (cast,) if self.net.cuda else ()
-        tile = TRANSPOSE_TILE**2
-        turned = not self.net.cuda and rows > columns and rows * columns >= tile
-        copied = (made(tile, "60·60"),) if turned else ()
+        turned = not self.net.cuda and rows > columns
+        sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
+        copied = tuple(self.net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)
         return sequence(
             (
                 *first, x, *first, gram, polynomial, gram, following, *copied, *copied,

@@ -5,8 +5,8 @@ It follows PyTorch's rules, which are simple when every operation is one autogra
 - a tensor is freed after its last reader, unless an operation keeps it;
 - backward runs the list in reverse; an operation's incoming gradient is freed when its call
   returns, then what it alone still kept;
-- a second gradient for the same tensor is added in place if nobody else holds the first one, else
-  into a new tensor (InputBuffer.cpp, `accumulate`);
+- a second gradient for the same tensor is added in place if nobody else holds the first one and it
+  is no view, else into a new tensor (input_buffer.cpp, `can_accumulate_inplace`);
 - a parameter's first gradient is taken over as it is; later ones are added and freed
   (accumulate_grad.h); where a parameter is used twice, the first waits for the second.
 """
@@ -22,10 +22,11 @@ from snugpt.estimate.timeline import Event
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """A gradient and how many places hold it."""
+    """A gradient, how many places hold it, and whether it is a view of another tensor."""
 
     buffer: Buffer
     holders: int = 1
+    view: bool = False
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Walk:
             arrived = slots.pop(operation.result, None)
             events += sequence(operation.backward)
             handed_on = [
-                (target, arrived if grad is None else Held(grad))
+                (target, arrived if grad is None else Held(grad, view=operation.gives_views))
                 for target, grad in operation.gradients
             ]
             if arrived is not None:
@@ -97,14 +98,18 @@ def forward(
     *,
     keep: bool,
     hold_entry: bool = False,
+    stop: int | None = None,
 ) -> list[Event]:
-    """Events of the list run forward; with `keep` what backward needs stays alive."""
+    """Events of the list run forward; with `keep` what backward needs stays alive.
+
+    With `stop` it ends before that operation; what the rest would read is still alive then.
+    """
     events: list[Event] = []
     last_reader = {buffer: i for i, op in enumerate(operations) for buffer in op.reads}
     kept: set[Buffer] = {b for op in operations for b in op.keeps} if keep else set()
     if hold_entry and entry is not None:
         kept.add(entry)
-    for i, operation in enumerate(operations):
+    for i, operation in enumerate(operations[:stop]):
         events += sequence(operation.forward)
         for buffer in _left_over(operation.forward):
             if buffer is not operation.result and buffer not in kept:
@@ -122,9 +127,8 @@ def recompute(operations: Sequence[Operation], entry: Buffer) -> list[Event]:
     goes.
     """
     last = max(i for i, op in enumerate(operations) if op.keeps)
-    needed = operations[: last + 1]
-    events = forward(needed, entry, keep=True, hold_entry=True)
-    kept = {b for op in needed for b in op.keeps} | {entry}
+    events = forward(operations, entry, keep=True, hold_entry=True, stop=last + 1)
+    kept = {b for op in operations for b in op.keeps} | {entry}
     alive: dict[Buffer, int] = {}
     for sign, buffer in events:
         alive[buffer] = alive.get(buffer, 0) + sign
@@ -177,7 +181,7 @@ def _add(slots: dict[Buffer, Held], target: Buffer, held: Held, events: list[Eve
     present = slots.get(target)
     if present is None:
         slots[target] = held
-    elif present.holders == 1:
+    elif present.holders == 1 and not present.view:
         _let_go(held, events)
     else:
         total = Held(Buffer("activation gradients", "activations", target.fixed_bytes,

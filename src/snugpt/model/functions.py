@@ -9,8 +9,11 @@ rounding:
 - squared ReLU keeps its output and takes the square root again;
 - a linear layer keeps its fp32 weight and casts it again, instead of keeping the cast copy.
 
+Where CUDA has a kernel of its own, `device` says whose kernels run: the Runtime's word for it and
+not the tensor's, so that a trace without a GPU takes the same way.
+
 Shapes: B batch, T time, C channels, H heads, K key-value heads, D head size, V vocabulary, N = B*T.
-The bytes of each function are told once more, torch-free, in `estimate/operations.py`; contract
+The bytes of each function are told once more, torch-free, in `estimate/kinds.py`; contract
 tests hold the two together on a real allocator.
 """
 
@@ -29,9 +32,9 @@ class Embedding(Function):
     """Rows of a table: (V, C) fp32, (B, T) int64 -> (B, T, C) in the compute dtype."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, table: Tensor, indices: Tensor, dtype: torch.dtype, device: str = "cpu"):
         ctx.save_for_backward(indices)
-        ctx.num_rows = table.shape[0]
+        ctx.num_rows, ctx.device = table.shape[0], device
         return torch.embedding(table, indices).to(dtype)
 
     @staticmethod
@@ -39,12 +42,12 @@ class Embedding(Function):
     def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
         # The gradient of the table is dense: (V, C) fp32, whatever the batch.
-        if grad.is_cuda:  # PyTorch's kernel would sort, with up to (N + V) x C fp32 of scratch
+        rows = grad.float().view(-1, grad.shape[-1])
+        if ctx.device == "cuda":  # PyTorch's kernel would sort, with up to (N + V) x C fp32 beside
             table = torch.zeros(ctx.num_rows, grad.shape[-1], device=grad.device)
-            rows = grad.float().view(-1, grad.shape[-1])
-            return table.index_add_(0, indices.view(-1), rows), None, None
-        table = aten.embedding_dense_backward(grad.float(), indices, ctx.num_rows, -1, False)
-        return table, None, None
+            return table.index_add_(0, indices.view(-1), rows), None, None, None
+        table = aten.embedding_dense_backward(rows, indices.view(-1), ctx.num_rows, -1, False)
+        return table, None, None, None
 
 
 class Positions(Function):
@@ -87,8 +90,8 @@ class RMSNorm(Function):
     """x / rms(x) over the last axis, without weights. Keeps its output and one fp32 per row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        if x.is_cuda:
+    def forward(ctx, x: Tensor, device: str = "cpu") -> Tensor:
+        if device == "cuda":
             out, rstd = aten._fused_rms_norm(x, [x.shape[-1]], None, EPS)
         else:
             rstd = inverse_rms(x)
@@ -104,16 +107,17 @@ class RMSNorm(Function):
         grad_x = grad * out
         mean = grad_x.mean(-1, keepdim=True)
         torch.mul(out, mean, out=grad_x)
-        return torch.sub(grad, grad_x, out=grad_x).mul_(rstd)
+        return torch.sub(grad, grad_x, out=grad_x).mul_(rstd), None
 
 
 class WeightedRMSNorm(Function):
     """x / rms(x) * weight. Keeps its input, because the weight may be zero."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, device: str = "cpu") -> Tensor:
+        ctx.device = device
         scale = weight.to(x.dtype)
-        if x.is_cuda:
+        if device == "cuda":
             out, rstd = aten._fused_rms_norm(x, [x.shape[-1]], scale, EPS)
         else:
             rstd = inverse_rms(x)
@@ -126,11 +130,11 @@ class WeightedRMSNorm(Function):
     def backward(ctx, grad: Tensor):
         x, rstd, weight = ctx.saved_tensors
         scale = weight.to(x.dtype)
-        if x.is_cuda:
+        if ctx.device == "cuda":
             grad_x, grad_weight = aten._fused_rms_norm_backward(
                 grad, x, [x.shape[-1]], rstd, scale, [True, True]
             )
-            return grad_x, grad_weight.to(weight.dtype)
+            return grad_x, grad_weight.to(weight.dtype), None
         # With u = x * rstd:  dw = sum(g * u),  dx = rstd * (g * w - u * mean(g * w * u))
         unit = torch.mul(x, rstd, out=torch.empty_like(x))
         grad_x = grad * unit
@@ -138,7 +142,7 @@ class WeightedRMSNorm(Function):
         mean = grad_x.mul_(scale).mean(-1, keepdim=True)
         unit.mul_(mean)
         torch.mul(grad, scale, out=grad_x)
-        return grad_x.sub_(unit).mul_(rstd), grad_weight
+        return grad_x.sub_(unit).mul_(rstd), grad_weight, None
 
 
 class LayerNorm(Function):

@@ -65,23 +65,23 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """x + out(attention(norm(x)))."""
-        shape = self.shape
+        shape, device = self.shape, self.runtime.device
         B, T, _ = x.shape
-        h = normed(shape.style, x, self.attention_norm)
+        h = normed(shape.style, x, self.attention_norm, device)
         q = op.Linear.apply(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
         k = op.Linear.apply(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
         v = op.Linear.apply(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
         if self.value_embedding is not None:
-            ve = op.Embedding.apply(self.value_embedding, inputs.tokens, v.dtype).view(v.shape)
-            v = op.ValueGate.apply(h, self.value_gate, v, ve)
+            ve = op.Embedding.apply(self.value_embedding, inputs.tokens, v.dtype, device)
+            v = op.ValueGate.apply(h, self.value_gate, v, ve.view(v.shape))
             del ve
         del h
         if inputs.angles is not None:
             q = op.Rotary.apply(q, *inputs.angles)
             k = op.Rotary.apply(k, *inputs.angles)
         if shape.style == "nanochat":
-            q = op.RMSNorm.apply(q)
-            k = op.RMSNorm.apply(k)
+            q = op.RMSNorm.apply(q, device)
+            k = op.RMSNorm.apply(k, device)
         if inputs.cache is not None:
             k, v = inputs.cache.extend(self.layer, k, v, self.window)
         y = attend(
@@ -89,12 +89,13 @@ class Block(nn.Module):
             mask=inputs.masks.get(self.window), dropout=self.dropout,
         )  # fmt: skip
         del q, k, v
-        y = self.dropped(op.Linear.apply(y.view(B, T, -1), self.output))
+        y = op.Linear.apply(y.view(B, T, -1), self.output)
+        y = self.dropped(y)
         return op.ResidualAdd.apply(x, y)
 
     def mlp(self, x: Tensor) -> Tensor:
         """x + down(activation(up(norm(x))))."""
-        h = normed(self.shape.style, x, self.mlp_norm)
+        h = normed(self.shape.style, x, self.mlp_norm, self.runtime.device)
         a = op.Linear.apply(h, self.up)  # (B, T, M)
         gate = None if self.gate is None else op.Linear.apply(h, self.gate)
         del h
@@ -105,7 +106,8 @@ class Block(nn.Module):
         else:
             a = op.SwiGLU.apply(gate, a)
             del gate
-        a = self.dropped(op.Linear.apply(a, self.down))
+        a = op.Linear.apply(a, self.down)
+        a = self.dropped(a)
         return op.ResidualAdd.apply(x, a)
 
     def dropped(self, y: Tensor) -> Tensor:
@@ -171,7 +173,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
-        return normed(self.shape.style, x, self.norm).view(-1, self.shape.model_dim)
+        h = normed(self.shape.style, x, self.norm, self.runtime.device)
+        return h.view(-1, self.shape.model_dim)
 
     def recomputed(self, block: Block, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Run a block keeping only x; its other tensors are made again in the backward pass."""
@@ -180,9 +183,10 @@ class GPT(nn.Module):
 
     def embedded(self, tokens: Tensor, start: int) -> Tensor:
         """What enters the first layer: (B, T) -> (B, T, C)."""
-        x = op.Embedding.apply(self.embedding, tokens, self.dtype)
+        device = self.runtime.device
+        x = op.Embedding.apply(self.embedding, tokens, self.dtype, device)
         if self.shape.style == "nanochat":
-            return op.RMSNorm.apply(x)
+            return op.RMSNorm.apply(x, device)
         if self.positions is not None:
             x = op.Positions.apply(x, self.positions, start)
         dropout = self.shape.dropout if self.training else 0.0
@@ -226,11 +230,13 @@ def empty(*sizes: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*sizes))
 
 
-def normed(style: Style, x: Tensor, weight: Tensor | None) -> Tensor:
+def normed(style: Style, x: Tensor, weight: Tensor | None, device: str) -> Tensor:
     """The style's norm over the channels."""
     if style == "gpt2":
         return op.LayerNorm.apply(x, weight)
-    return op.RMSNorm.apply(x) if weight is None else op.WeightedRMSNorm.apply(x, weight)
+    if weight is None:
+        return op.RMSNorm.apply(x, device)
+    return op.WeightedRMSNorm.apply(x, weight, device)
 
 
 def rotary_angles(shape: ModelShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

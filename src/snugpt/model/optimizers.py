@@ -27,8 +27,16 @@ class Muon(torch.optim.Optimizer):
     matrix needs beside it is let go before the next, so the largest matrix sets the transient.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the iteration; None is the weights' own
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -42,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalised(grad.lerp_(momentum, group["momentum"]))
+        update = orthogonalised(grad.lerp_(momentum, group["momentum"]), self.dtype)
         # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
         # raised.
         raised = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
@@ -50,13 +58,13 @@ class Muon(torch.optim.Optimizer):
         weight.add_(update, alpha=-group["lr"] * raised)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The nearest orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
 
-    In bf16 on CUDA, where it is fast, else in the matrix's own dtype. Overwrites nothing.
+    Worked out and returned in `dtype`, the matrix's own by default. Overwrites nothing.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else matrix.dtype)
+    x = matrix.to(matrix.dtype if dtype is None else dtype)
     if x.shape[0] > x.shape[1]:
         x = x.t()
     x = x / (x.norm() + 1e-7)
@@ -77,9 +85,14 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[torch.optim.Optim
         groups.setdefault(group_of(name), []).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.optimizer == "muon":
-        matrices = groups.pop("matrices")
+        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
         optimizers.append(
-            Muon(matrices, schedule.matrix_learning_rate, weight_decay=schedule.weight_decay)
+            Muon(
+                groups.pop("matrices"),
+                schedule.matrix_learning_rate,
+                weight_decay=schedule.weight_decay,
+                dtype=torch.bfloat16 if on_cuda else None,
+            )
         )
     scales = {"embedding": EMBEDDING_RATE, "value_embedding": VALUE_EMBEDDING_RATE}
     if recipe.optimizer == "adamw" or model.shape.tied_embeddings:

@@ -34,6 +34,7 @@ def step(
     total = torch.zeros((), device=model.embedding.device)
     scale = recipe.world_size / recipe.total_batch_tokens
     for micro_step in range(recipe.grad_accum_steps):
+        mark("forward")
         total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
     mark("clip")
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
@@ -49,7 +50,6 @@ def micro_batch(
 ) -> Tensor:
     """Forward and backward of one micro-batch; its tensors are gone when this returns."""
     tokens, targets = batch
-    mark("forward")
     h = model.hidden(tokens)
     mark("loss")
     loss = model.loss(h, targets, chunk=rows_of_logits(recipe), scale=scale)

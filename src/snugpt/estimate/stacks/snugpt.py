@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snugpt.estimate import kinds as kind
+from snugpt.estimate import scratch
 from snugpt.estimate.attending import attention, cached_attention
 from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
@@ -146,7 +147,7 @@ def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
             if window is not None and window < mask_tokens:
                 buffers.append(net.fixed("window masks", "weights", size, "windows·T·T"))
     if runtime.device == "cuda":
-        buffers.append(_cublas_workspace(net))
+        buffers += _cublas_workspaces(net, optimizer)
     return tuple(buffers)
 
 
@@ -174,8 +175,8 @@ def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
     ]
 
 
-def _cublas_workspace(net: Net) -> Buffer:
-    """cuBLAS's workspace in PyTorch: 32 MiB on Hopper, 8.125 MiB elsewhere (CUDABlas.cpp)."""
-    capability = net.runtime.capability or (0, 0)
-    size = 32 * 2**20 if capability[0] == 9 else 4096 * 2 * 1024 + 8 * 16 * 1024
-    return net.fixed("cuBLAS workspace", "workspace", size, "constant of the card")
+def _cublas_workspaces(net: Net, optimizer: str | None) -> list[Buffer]:
+    """One for each thread that multiplies: the caller's, and autograd's if there is a backward."""
+    size = scratch.cublas_workspace(net.runtime.capability)
+    workspace = net.fixed("cuBLAS workspace", "workspace", size, "constant of the card")
+    return [workspace] * (1 if optimizer is None else 2)

@@ -1,0 +1,153 @@
+"""Our own step and our own generation, traced: the code that runs, on the meta device.
+
+The second step is kept: optimizer state comes into being at the end of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+import snugpt.model
+from snugpt.estimate import scratch
+from snugpt.estimate.timeline import Timeline
+from snugpt.model.build import build, build_for_generation, group_of
+from snugpt.model.gpt import DTYPES, GPT
+from snugpt.model.kv_cache import KVCache
+from snugpt.model.optimizers import optimizers_for
+from snugpt.model.sampling import Sampling, choose
+from snugpt.model.step import Batch, evaluate_batch, step
+from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape
+from snugpt.tracing.allocations import Allocations
+from snugpt.tracing.kernels import kernels_of, scratch_of
+
+MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
+
+
+def trace(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline:
+    """Run one step of a recipe without memory; return its timeline, as `estimate` predicts it."""
+    traced = trace_generation if isinstance(recipe, GenerationRecipe) else trace_training
+    return traced(shape, recipe, runtime)  # type: ignore[arg-type]
+
+
+def trace_training(
+    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime, most_micro_steps: int = 2
+) -> Timeline:
+    """The second step and an evaluation batch after it.
+
+    From the second micro-step on they are all alike: two stand for more.
+    """
+    if recipe.grad_accum_steps > most_micro_steps:
+        tokens = most_micro_steps * recipe.micro_batch_tokens
+        recipe = replace(
+            recipe, grad_accum_steps=most_micro_steps, world_size=1, total_batch_tokens=tokens
+        )
+
+    def batch_of(_: int) -> Batch:
+        size = recipe.device_batch_size, recipe.seq_len
+        tokens, targets = (torch.empty(size, dtype=torch.int64, device="meta") for _ in range(2))
+        allocations.label(tokens, "batch", "tokens")
+        allocations.label(targets, "batch", "targets")
+        return tokens, targets
+
+    allocations = Allocations(scratch_of(runtime), MODEL_FOLDER)
+    with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
+        model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
+        model.recompute_blocks = recipe.checkpoint == "blocks"
+        optimizers = optimizers_for(model, recipe)
+        step(model, optimizers, recipe, batch_of)
+        _label_weights(allocations, model)
+        _label_states(allocations, optimizers)
+        _tell_workspaces(allocations, runtime, num_threads=2)
+        allocations.begin("forward")
+        step(model, optimizers, recipe, batch_of, allocations.mark)
+        allocations.mark("evaluate")
+        evaluate_batch(model.eval(), recipe, batch_of(0))
+    return allocations.timeline(runtime.block_bytes)
+
+
+@torch.no_grad()
+def trace_generation(shape: ModelShape, recipe: GenerationRecipe, runtime: Runtime) -> Timeline:
+    """Reading the prompt, and the last token at the full cache."""
+
+    def take(tokens: Tensor) -> Tensor:
+        return choose(model.next_logits(tokens, cache), Sampling(), None)
+
+    with kernels_of(runtime), Allocations(scratch_of(runtime), MODEL_FOLDER) as allocations:
+        model = build_for_generation(shape, runtime, recipe.weight_dtype, "meta")
+        dtype = DTYPES[recipe.kv_dtype]
+        cache = KVCache(shape, recipe.batch, recipe.cache_len, dtype, "meta")
+        _label_weights(allocations, model)
+        allocations.label(cache.keys, "kv_cache", "keys")
+        allocations.label(cache.values, "kv_cache", "values")
+        _tell_workspaces(allocations, runtime, num_threads=1)
+        allocations.begin("prefill")
+        prompt = torch.empty(recipe.batch, recipe.prompt_tokens, dtype=torch.int64, device="meta")
+        allocations.label(prompt, "batch", "tokens")
+        tokens = take(prompt)
+        del prompt
+        cache.length = recipe.cache_len - 1
+        allocations.mark("decode")
+        take(tokens)
+    return allocations.timeline(runtime.block_bytes)
+
+
+@contextmanager
+def _random_states_seen(allocations: Allocations, runtime: Runtime) -> Iterator[None]:
+    """Record the CPU's random states, which a checkpoint keeps and puts aside: none is dispatched,
+    and on the meta device nothing is put aside. On CUDA they are in host memory and do not count.
+    """
+    if runtime.device != "cpu":
+        yield
+        return
+    plain_state, plain_fork = torch.get_rng_state, torch.random.fork_rng
+
+    def state_seen() -> Tensor:
+        state = plain_state()
+        allocations.label(state, "activations", "random states")
+        return state
+
+    def fork_as_cpu(devices=None, enabled=True, device_type=None):
+        return plain_fork(devices=devices, enabled=enabled, device_type="cpu")
+
+    torch.get_rng_state, torch.random.fork_rng = state_seen, fork_as_cpu
+    try:
+        yield
+    finally:
+        torch.get_rng_state, torch.random.fork_rng = plain_state, plain_fork
+
+
+def _label_weights(allocations: Allocations, model: GPT) -> None:
+    for name, weight in model.named_parameters():
+        allocations.label(weight, "weights", f"weights: {group_of(name)}")
+        if weight.requires_grad:
+            weight.register_hook(lambda grad: allocations.label(grad, "gradients", "gradients"))
+    for table in model.angles or ():
+        allocations.label(table, "weights", "rotary tables")
+    for mask in model.masks.values():
+        allocations.label(mask, "weights", "window masks")
+
+
+def _label_states(allocations: Allocations, optimizers) -> None:
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        for state in optimizer.state.values():
+            for name, tensor in state.items():
+                counter = "counters" if name == "step" else "moments"
+                said = "Muon momentum" if kind == "Muon" else f"{kind} {counter}"
+                allocations.label(tensor, "optimizer", said)
+
+
+def _tell_workspaces(allocations: Allocations, runtime: Runtime, num_threads: int) -> None:
+    """cuBLAS keeps one workspace for each thread that multiplies."""
+    if runtime.device == "cuda":
+        for _ in range(num_threads):
+            size = scratch.cublas_workspace(runtime.capability)
+            allocations.tell(size, "workspace", "cuBLAS workspace")
