@@ -124,9 +124,9 @@ def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     copies = _repeated(net) if repeats else ()
     wide = _repeated(net) if repeats else ()
     sizes = scratch.efficient_backward(
-        net.seq_len, shape.num_heads, shape.head_dim, net.width_bytes
+        net.seq_len, shape.num_heads, shape.head_dim, net.width_bytes, net.runtime.capability
     )
-    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4"))
+    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4", "B·T·H·4"))
     if repeats:
         backward = (*copies, grads[0], *wide, *inside, *inside, grads[1], grads[2], *wide, *copies)
     else:

@@ -31,6 +31,8 @@ def generation_timeline(shape: ModelShape, recipe: GenerationRecipe, runtime: Ru
         net = Net(shape, runtime, recipe.weight_dtype, num_tokens, casts_weights=False, drops=False)
         made, tokens = _pass(net, phase, recipe, aliases, tokens)
         placed += made
+    assert tokens is not None
+    placed.append(Placed("decode", -1, Segment([Event(-1, tokens)], runtime.block_bytes)))
     net = Net(shape, runtime, recipe.weight_dtype, 1, casts_weights=False, drops=False)
     resident = (*stack.resident(net, None), *_cache(net, recipe))
     return Timeline(resident, tuple(placed), runtime.block_bytes, aliases)
