@@ -47,12 +47,8 @@ class EagerStep(NanochatStep):
         return EAGER_LAYER
 
     def _edge_table(self) -> tuple[Kept, ...]:
-        last = self.shape.num_layers - 1
-        return (
-            (*EAGER_EDGES, *EAGER_EDGES_SHALLOW)
-            if self.shape.num_layers // 2 == last
-            else EAGER_EDGES
-        )
+        shallow = self.shape.num_layers // 2 == self.shape.num_layers - 1
+        return EAGER_EDGES + EAGER_EDGES_SHALLOW if shallow else EAGER_EDGES
 
     def _micro_step(self, *, first: bool) -> None:
         if self.first != first:
