@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -316,9 +317,37 @@ def test_the_history_keeps_pytorchs_entries_our_lines_and_our_phases() -> None:
     assert found["allocator_settings"] == snapshot["allocator_settings"]
     ranges = [(a["name"], a["stage"], a["time_us"]) for a in found["external_annotations"]]
     assert ranges == [
-        ("forward", "START", 5), ("forward", "END", 9),
-        ("backward", "START", 9), ("backward", "END", 12),
+        ("forward", "START", 5), ("forward", "END", 8),
+        ("backward", "START", 9), ("backward", "END", 11),
     ]  # fmt: skip
+
+
+def test_the_history_is_read_like_any_snapshot_of_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from campaign import counters
+    from snapshot_writer import random_run
+    from snugpt.estimate.recorded import timeline_of_snapshot
+    from snugpt.estimate.snapshot import read_snapshot
+
+    writer = random_run(3, expandable=False, capacity_bytes=None)
+    marks = [(100_000, "forward"), (200_000, "backward"), (10**9, "")]
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", writer.plain)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    packed = tmp_path / "snapshots" / "nano.pickle.gz"
+    assert counters.write_history(packed, marks) == packed.stat().st_size
+    plain = tmp_path / "nano.pickle"
+    plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    found = read_snapshot(plain)
+    whole = read_snapshot(writer.write(tmp_path / "whole.pickle"))
+    assert [(e.action, e.size, e.addr) for e in found.events] == [
+        (e.action, e.size, e.addr) for e in whole.events
+    ]
+    assert found.segments[0].total_size == whole.segments[0].total_size
+    timeline = timeline_of_snapshot(found)
+    assert timeline.read(1)[0].bytes == timeline_of_snapshot(whole).read(1)[0].bytes
+    assert {placed.phase for placed in timeline.placed} == {"recorded", "forward", "backward"}
+    assert packed.stat().st_size < plain.stat().st_size
 
 
 def test_phases_on_a_card_keep_the_highest_of_each_counter(monkeypatch: pytest.MonkeyPatch) -> None:
