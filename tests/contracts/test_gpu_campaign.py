@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from campaign import configurations, records
 from campaign.boundary import bisect
 from campaign.children import OUR_PATH, run_child, this_script
 from campaign.jobs import Environment, Job, Training, encode
+from snugpt.ledger.own_records import Boundary
 from snugpt.spec.measurement import measurement_from_json
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -253,6 +255,9 @@ def test_a_boundary_has_its_prediction_and_every_trial(
     record = by_name(out)["boundary-nano-d8"]
     expected = record["predicted"]["batch"]["expected"]
     assert record["measured"]["largest_fit"] == expected > 1
+    kept = msgspec.convert(record["boundary"], Boundary)  # what the grades are made of
+    assert [trial.outcome for trial in kept.trials] == ["fit", "oom"]
+    assert (kept.cap_bytes, kept.recipe.device_batch_size) == (8 * MIB, 1)
     assert [t["batch"] for t in record["measured"]["trials"]] == [expected, expected + 1]
     assert f"fits {expected}, not {expected + 1}" in capsys.readouterr().out
     assert {job.cap_bytes for job in children.started if isinstance(job, Training)} == {8 * MIB}
