@@ -33,7 +33,7 @@ PLOT = Span(66, 826)  # left and right edge of what is drawn
 TOP, BOTTOM = 84, 374
 BAND = 22  # height of the row of phases
 LETTER = 6.6  # widest a letter of 12 px is on average
-LONGEST_TITLE = 92  # letters
+LONGEST_TITLE = 104  # letters
 IN_SIGHT = 1.6  # of the areas' height: a limit further up would squash them
 LEGEND_COLUMNS, LEGEND_ROW = 4, 20
 
@@ -43,6 +43,7 @@ def draw(
     batch: int,
     *,
     title: str,
+    source: str = "predicted",
     capacity_bytes: int | None = None,
     process_bytes: BytesBand | None = None,
     measured: Timeline | None = None,
@@ -50,6 +51,8 @@ def draw(
     measured_label: str = "traced",
 ) -> str:
     """Return the picture of one step as the text of an SVG file.
+
+    `source` says where the first timeline comes from: predicted, traced or recorded.
 
     `process_bytes` is what the whole process comes to at the peak, the figure that `capacity_bytes`
     has to hold. `measured` is another source's timeline of the same step.
@@ -62,6 +65,7 @@ def draw(
     thin = columns(first, places)
     return _Picture(
         title=_shortened(title),
+        source=source,
         batch=batch,
         first=first,
         second=second,
@@ -89,6 +93,7 @@ class _Picture:
     """Everything that is shown; each method returns lines of the file."""
 
     title: str
+    source: str
     batch: int
     first: Series
     second: Series | None
@@ -147,9 +152,9 @@ class _Picture:
             f"{_spelled(c)} {gib(self.at_peak[c])}" for c in self.categories if self.at_peak[c]
         )
         words = (
-            f"Predicted bytes of live tensors and workspaces over the events of one step, batch"
-            f" {self.batch}. Peak {gib(self.first.peak_bytes)} in {self.first.peak_phase}: {parts}."
-            f" Highest of each phase: {phases}."
+            f"{self.source.capitalize()} bytes of live tensors and workspaces over the events of"
+            f" one step, batch {self.batch}. Peak {gib(self.first.peak_bytes)} in"
+            f" {self.first.peak_phase}: {parts}. Highest of each phase: {phases}."
         )
         if self.process is not None:
             words += f" The process at the peak: {_band(self.process)}."
@@ -172,11 +177,11 @@ class _Picture:
 
     def _heading(self) -> list[str]:
         below = (
-            "predicted bytes of live tensors and workspaces, event by event;"
+            f"{self.source} bytes of live tensors and workspaces, event by event;"
             f" batch {self.batch}; phases not to scale with each other"
         )
         return [
-            svg.text(16, 26, self.title, extra='style="font-size:16px;font-weight:600"'),
+            svg.text(16, 26, self.title, extra='style="font-size:15px;font-weight:600"'),
             svg.text(16, 45, below, "soft"),
         ]
 

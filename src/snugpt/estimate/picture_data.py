@@ -19,7 +19,7 @@ from snugpt.spec.memory import Category, Phase
 # From the bottom of the stack to its top: what stays, then what comes and goes.
 STACKED: tuple[Category, ...] = (
     "weights", "optimizer", "gradients", "kv_cache", "batch", "communication", "activations",
-    "logits", "workspace", "slack",
+    "logits", "workspace", "slack", "unknown",
 )  # fmt: skip
 LABEL_SHARE = 0.8  # of the width, at most, is given out by the length of the phases' names
 

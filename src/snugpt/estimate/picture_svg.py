@@ -26,6 +26,7 @@ FILLS: dict[Category, tuple[str, str]] = {
     "logits": ("#b5472a", "#dd6b45"),
     "workspace": ("#8c8c8c", "#8f969e"),
     "slack": ("#d5d9de", "#5b636d"),
+    "unknown": ("#7b8ea3", "#9fb2c8"),
 }
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 INK = {  # class: its rule on light paper, and what is different on dark

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.estimate.picture import draw
+from snugpt.estimate.timeline import Timeline
 from snugpt.planner.machine import default_num_threads
 from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import GenerationRecipe
 from snugpt.units import count
 
 
-def picture_of(plan: Plan) -> str:
-    """Return the timeline of a plan's step, or of its generation, as the text of an SVG file."""
+def picture_of(
+    plan: Plan, measured: Timeline | None = None, *, measured_label: str = "traced"
+) -> str:
+    """Return the timeline of a plan's step, or of its generation, as the text of an SVG file.
+
+    `measured` is the same step from another source, its bytes as they are and not per sequence.
+    """
     recipe = plan.recipe
     runtime = runtime_of(plan.shape, recipe, plan.gpu, default_num_threads())
     return draw(
@@ -20,6 +26,8 @@ def picture_of(plan: Plan) -> str:
         title=title_of(plan),
         capacity_bytes=plan.memory.capacity_bytes,
         process_bytes=plan.memory.process_bytes,
+        measured=measured,
+        measured_label=measured_label,
     )
 
 

@@ -22,6 +22,7 @@ from snugpt.model.kv_cache import KVCache
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.sampling import Sampling, choose
 from snugpt.model.step import Batch, evaluate_batch, step
+from snugpt.spec.memory import Category
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -29,6 +30,25 @@ from snugpt.tracing.allocations import Allocations
 from snugpt.tracing.kernels import kernels_of, scratch_of
 
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
+
+
+class StepAllocations(Allocations):
+    """Allocations of our own code, told apart as the walk tells them."""
+
+    def __init__(self, shape: ModelShape, runtime: Runtime) -> None:
+        super().__init__(scratch_of(runtime), MODEL_FOLDER)
+        self._model_dim = shape.model_dim
+
+    def category_of(self, tensor: Tensor, site: str) -> Category:
+        """Logits and what is made of them by the file; scratch of the optimizer and of clipping."""
+        _, _, line = site.rpartition(" ")
+        file = line.partition(":")[0]
+        if file in ("loss.py", "sampling.py"):
+            rows_of_channels = tensor.dim() > 1 and tensor.shape[-1] == self._model_dim
+            return "activations" if rows_of_channels else "logits"
+        if file == "optimizers.py":
+            return "optimizer"
+        return "gradients" if self.phase == "clip" else "activations"
 
 
 def trace(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline:
@@ -57,7 +77,7 @@ def trace_training(
         allocations.label(targets, "batch", "targets")
         return tokens, targets
 
-    allocations = Allocations(scratch_of(runtime), MODEL_FOLDER)
+    allocations = StepAllocations(shape, runtime)
     with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
         model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
         model.recompute_blocks = recipe.checkpoint == "blocks"
@@ -80,7 +100,7 @@ def trace_generation(shape: ModelShape, recipe: GenerationRecipe, runtime: Runti
     def take(tokens: Tensor) -> Tensor:
         return choose(model.next_logits(tokens, cache), Sampling(), None)
 
-    with kernels_of(runtime), Allocations(scratch_of(runtime), MODEL_FOLDER) as allocations:
+    with kernels_of(runtime), StepAllocations(shape, runtime) as allocations:
         model = build_for_generation(shape, runtime, recipe.weight_dtype, "meta")
         dtype = DTYPES[recipe.kv_dtype]
         cache = KVCache(shape, recipe.batch, recipe.cache_len, dtype, "meta")
