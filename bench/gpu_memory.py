@@ -81,6 +81,8 @@ class Campaign:
                 left.pop(0)
         except TimeIsUpError:
             print(f"time is up, {len(left)} left: call again to go on", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f"interrupted, {len(left)} left: call again to go on", file=sys.stderr)
         return len(left)
 
     def look_around(self) -> None:

@@ -395,6 +395,24 @@ def test_the_driver_is_asked_through_its_program_where_its_library_is_missing(
     assert counters.driver_use()[0] is None
 
 
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        ({"above_start_bytes": 5, "counted_by": "NVML", "mem_get_info_used_bytes": 9},
+         (5, "NVML, above its start")),
+        ({"above_start_bytes": None, "counted_by": "nothing", "mem_get_info_used_bytes": 9},
+         (9, "torch.cuda.mem_get_info, the whole card")),
+    ],
+)  # fmt: skip
+def test_the_size_of_the_process_says_who_counted_it(
+    driver: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    from campaign.measurements import process_of
+
+    assert process_of(driver) == expected
+    assert process_of({})[0] is None
+
+
 PEER = """
 import torch
 from dataclasses import dataclass
