@@ -133,6 +133,13 @@ def test_our_own_records_are_predicted_anew_and_held_out_ones_apart(folder: Path
     assert report.verdicts.num_fit == 3
 
 
+def test_our_own_run_out_of_memory_is_a_verdict_and_no_ratio(folder: Path) -> None:
+    add_own(folder, "full", outcome="oom")
+    report = grade(folder)
+    assert not [key for key in groups(report) if key[0] == "snugpt"]
+    assert (report.verdicts.num_oom, report.verdicts.false_fits) == (1, 1)
+
+
 def test_toys_failures_and_what_was_measured_again_do_not_count(folder: Path) -> None:
     add_own(folder, "toy", toy=True)
     add_own(folder, "failed", outcome="failed")
