@@ -29,7 +29,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
             recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
-            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8,
+            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8, recipe.compile,
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:
