@@ -7,6 +7,7 @@ anything was measured: it may be compared with a prediction, and never enter a f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from snugpt.errors import BadQuestionError
@@ -115,7 +116,7 @@ PEER_SIZES = (
 
 def compiled_set() -> tuple[Configuration, ...]:
     """The training configurations again, compiled; empty where the trainer can't compile."""
-    if "on" not in find_stack("snugpt").levers.get("compile", ("off",)):
+    if find_spec("snugpt.model.compiling") is None:
         return ()
     found = (c for c in EAGER if c.kind == "training")
     return tuple(
