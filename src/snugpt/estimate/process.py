@@ -34,15 +34,10 @@ NCCL_BYTES = BytesBand(low=int(0.2 * GIB), expected=int(0.8 * GIB), high=int(2.0
 RESERVED_FACTOR, EXPANDABLE_FACTOR = 1.10, 1.02
 RESERVED_REST_BYTES = 64 * MIB
 
-# Compiled: the order of a compiled step's allocations is not walked, so reserved is a ratio to
-# allocated. 18 published pairs of runs with one shape (parameter-golf, modded-nanogpt, 1 to 8
-# cards): 1.001 to 1.171, median 1.038; the five on one card 1.029 to 1.064.
-COMPILED_EXPECTED, COMPILED_FACTOR = 1.04, 1.18
-# 11 pairs of modded-nanogpt where validation or a growing batch brings a second shape: 1.360 to
-# 1.728, median 1.490. Their logs set expandable segments and use several streams; but so does the
-# log of 2025-01-16, with one shape, at 1.042. That points to the second shape, and says that
-# expandable segments alone do not prevent it; what it is a snapshot would tell.
-SEVERAL_SHAPES_EXPECTED, SEVERAL_SHAPES_FACTOR = 1.49, 1.75
+# Compiled steps of others, published pairs: 18 runs with one shape reserved 1.001 to 1.171 times
+# what they allocated, median 1.038, the five on one card at most 1.064, which a tenth covers. Eleven
+# of modded-nanogpt, where validation or a growing batch brings a second shape, 1.36 to 1.73: so the
+# bands below are not for runs of several shapes. What makes the difference a snapshot would tell.
 
 # Python, torch, the kernels' own buffers and the text at hand, before the first tensor: 220 MiB
 # are resident after `import torch` of the CPU build, 500 after the CUDA build's. With what malloc
@@ -65,17 +60,6 @@ def reserved_band(
     high = _highest_reserved(simulated.reserved_bytes, expandable)
     low = simulated.allocated_bytes
     return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
-
-
-def compiled_reserved_band(allocated: int, *, several_shapes: bool = False) -> BytesBand:
-    """Reserved bytes of a compiled run from its allocated bytes.
-
-    `several_shapes`: steps of other sizes, an evaluation of longer sequences say, run in between.
-    """
-    expected, high = COMPILED_EXPECTED, COMPILED_FACTOR
-    if several_shapes:
-        expected, high = SEVERAL_SHAPES_EXPECTED, SEVERAL_SHAPES_FACTOR
-    return BytesBand(low=allocated, expected=int(allocated * expected), high=int(allocated * high))
 
 
 def process_band(reserved: BytesBand, runtime: Runtime, outside: BytesBand) -> BytesBand:
