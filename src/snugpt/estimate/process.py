@@ -35,9 +35,9 @@ RESERVED_FACTOR, EXPANDABLE_FACTOR = 1.10, 1.02
 RESERVED_REST_BYTES = 64 * MIB
 
 # Compiled steps of others, published pairs: 18 runs with one shape reserved 1.001 to 1.171 times
-# what they allocated, median 1.038, the five on one card at most 1.064, which a tenth covers. Eleven
-# of modded-nanogpt, where validation or a growing batch brings a second shape, 1.36 to 1.73: so the
-# bands below are not for runs of several shapes. What makes the difference a snapshot would tell.
+# what they allocated, median 1.038, the five on one card at most 1.064: a tenth covers those.
+# Eleven of modded-nanogpt, where validation or a growing batch brings a second shape, 1.36 to 1.73:
+# the bands are not for runs of several shapes. What makes the difference a snapshot would tell.
 
 # Python, torch, the kernels' own buffers and the text at hand, before the first tensor: 220 MiB
 # are resident after `import torch` of the CPU build, 500 after the CUDA build's. With what malloc
