@@ -91,8 +91,8 @@ def memory_estimate(
     timeline, batch = timeline_of(shape, recipe, runtime), batch_of(recipe)
     alive, _ = timeline.read(batch)
     requested, requested_phases = timeline.read(batch, workspace=False)
-    reserved, allocated = _reserved(timeline, batch, runtime, alive.bytes)
-    process = _process(reserved, runtime)
+    reserved, allocated = reserved_band(timeline, batch, runtime, alive.bytes)
+    process = process_band(reserved, runtime)
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
         requested_bytes=requested.bytes,
@@ -114,7 +114,9 @@ def runtime_of(shape: ModelShape, recipe: Recipe, gpu: Gpu, num_threads: int) ->
     return runtime_for(gpu, recipe.compute_dtype, shape.dropout, num_threads)
 
 
-def _reserved(timeline: Timeline, batch: int, runtime: Runtime, peak: int) -> tuple[BytesBand, int]:
+def reserved_band(
+    timeline: Timeline, batch: int, runtime: Runtime, peak: int
+) -> tuple[BytesBand, int]:
     """Reserved bytes and, with the unsplit rest of blocks, allocated bytes."""
     if runtime.device == "cpu":  # malloc hands out what is asked for
         return BytesBand(low=peak, expected=peak, high=peak), peak
@@ -124,7 +126,8 @@ def _reserved(timeline: Timeline, batch: int, runtime: Runtime, peak: int) -> tu
     return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
 
 
-def _process(reserved: BytesBand, runtime: Runtime) -> BytesBand:
+def process_band(reserved: BytesBand, runtime: Runtime) -> BytesBand:
+    """What the process comes to: reserved, and what lies outside PyTorch."""
     if runtime.device == "cuda":
         return BytesBand(
             low=reserved.low + CONTEXT_BYTES.low,
