@@ -14,7 +14,7 @@ import copy
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ from snugpt.tracing.placing import (
     loose_tensors,
     loss_of,
     model_on_meta,
+    uncompiled,
 )
 from snugpt.tracing.refusals import refusal
 from snugpt.tracing.trace_result import Recorded, Trace
@@ -99,7 +100,7 @@ def trace(
         model=_placed(model, machine),
         batch=batch,
         machine=machine,
-        autocast=_autocast(dtype, machine),
+        dtype=dtype,
         optimizer=optimizer,
         loss=loss,
         train=train,
@@ -122,7 +123,7 @@ class Tracer:
     model: nn.Module
     batch: Any
     machine: Machine
-    autocast: torch.dtype | None
+    dtype: Autocast | None
     optimizer: Literal["adamw"] | MakeOptimizer | None
     loss: LossOf | None
     train: bool
@@ -131,6 +132,9 @@ class Tracer:
     keep_outputs: bool
     steps: int
     _recorded: dict[int, Recorded] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.autocast = _autocast(self.dtype, self.machine)
 
     @property
     def runtime(self) -> Runtime:
@@ -145,11 +149,7 @@ class Tracer:
 
     def on(self, gpu: str) -> Tracer:
         """The same model and loop on another card."""
-        machine = machine_for(gpu)
-        if self.autocast == torch.bfloat16 and not _has_bf16(machine):
-            raise _no_bf16(machine)
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Tracer(**{**values, "machine": machine, "_recorded": {}})
+        return replace(self, machine=machine_for(gpu), _recorded={})
 
     def record(self, batch_size: int) -> Recorded:
         """Run the step at a batch size; remembered."""
@@ -164,9 +164,10 @@ class Tracer:
         model = copy.deepcopy(self.model).train(self.train)
         with ExitStack() as stack:
             stack.enter_context(_without_collector())
+            stack.enter_context(uncompiled())
             stack.enter_context(kernels_of(runtime))
             ways = stack.enter_context(ways_of(runtime))
-            stack.enter_context(OnDevice(runtime.device == "cuda"))
+            device = stack.enter_context(OnDevice(runtime.device == "cuda"))
             allocations = stack.enter_context(ModelAllocations(runtime))
             try:
                 timeline = self._steps(model, batch_size, allocations, ways, notes)
@@ -175,7 +176,7 @@ class Tracer:
         return Recorded(
             timeline,
             dict(ways.attention),
-            tuple(dict.fromkeys((*notes, *_notes(ways, allocations)))),
+            tuple(dict.fromkeys((*notes, *_notes(ways, device, allocations)))),
         )
 
     def _steps(
@@ -318,16 +319,12 @@ def _autocast(dtype: Autocast | None, machine: Machine) -> torch.dtype | None:
     if machine.gpu.backend == "cpu":
         raise bad_value("dtype", dtype, "None on the CPU", hint="dtype=None")
     if dtype == "bf16" and not _has_bf16(machine):
-        raise _no_bf16(machine)
+        raise bad_value("dtype", dtype, f"{machine.gpu.name} has no bf16", hint="dtype='fp16'")
     return DTYPES[dtype]
 
 
 def _has_bf16(machine: Machine) -> bool:
     return (machine.gpu.capability or (0, 0)) >= FIRST_BF16
-
-
-def _no_bf16(machine: Machine) -> BadQuestionError:
-    return bad_value("dtype", "bf16", f"{machine.gpu.name} has no bf16", hint="dtype='fp16'")
 
 
 @contextmanager
@@ -368,9 +365,9 @@ def _label_states(allocations: ModelAllocations, optimizers: list[torch.optim.Op
                     allocations.label(value, "optimizer", said)
 
 
-def _notes(ways: Ways, allocations: ModelAllocations) -> list[str]:
+def _notes(ways: Ways, device: OnDevice, allocations: ModelAllocations) -> list[str]:
     """What the reader of the figures has to know."""
-    notes = []
+    notes = [f"assumed: {said}" for said in sorted(device.assumed)]
     if allocations.uncounted:
         names = ", ".join(sorted(allocations.uncounted))
         notes.append(f"not counted: what libraries take for themselves in {names}")

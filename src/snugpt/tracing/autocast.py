@@ -138,7 +138,8 @@ def honoured(casts: Autocast, has_bf16: bool) -> Iterator[None]:
         context.__init__, context.__enter__ = started, entered  # type: ignore[method-assign]
         torch.is_autocast_enabled = lambda device=DEVICE: enabled(_device(device))
         torch.get_autocast_dtype = lambda device: dtype_of(_device(device))
-        autocast_mode.is_autocast_available = lambda device: available(_device(device))
+        for module in (autocast_mode, torch.amp):
+            module.is_autocast_available = lambda device: available(_device(device))
         torch.clear_autocast_cache = cleared
         common.amp_definitely_not_available = lambda: False
         torch.cuda.is_bf16_supported = lambda *_, **__: has_bf16
@@ -146,7 +147,9 @@ def honoured(casts: Autocast, has_bf16: bool) -> Iterator[None]:
     finally:
         context.__init__, context.__enter__ = init, enter  # type: ignore[method-assign]
         torch.is_autocast_enabled, torch.get_autocast_dtype = enabled, dtype_of
-        autocast_mode.is_autocast_available, torch.clear_autocast_cache = available, clear
+        for module in (autocast_mode, torch.amp):
+            module.is_autocast_available = available
+        torch.clear_autocast_cache = clear
         common.amp_definitely_not_available = absent
         torch.cuda.is_bf16_supported = supported
         casts.clear()

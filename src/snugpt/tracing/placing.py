@@ -7,6 +7,7 @@ dtypes and ties of the original.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from snugpt.errors import BadQuestionError, FailedError, bad_value
 
 META = torch.device("meta")
+IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+# Code that asks data whether it may save itself work: where it stands, the answer, the assumption.
+# Every question of transformers' masking_utils.py (5.23) is whether all of a mask is set, or all of
+# the positions are one sequence.
+ANSWERED = {
+    "transformers/masking_utils.py": (True, "no padding and no packed sequences in the batch")
+}
 EXAMPLE = 'snugpt.trace(model, {"input_ids": tokens, "labels": tokens})'
 
 
@@ -26,16 +34,24 @@ class OnDevice(TorchFunctionMode):
     """While code of the model runs: "cuda" means the meta device, and so does a move there.
 
     A meta tensor says that it `is_cuda`, for models that choose their way by it. Its `device` stays
-    "meta", so that what is made on it is traced.
+    "meta", so that what is made on it is traced. Questions of `ANSWERED` are answered; `assumed` is
+    what was said.
     """
 
     def __init__(self, is_cuda: bool) -> None:
         super().__init__()
         self._is_cuda = is_cuda
+        self.assumed: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is _IS_CUDA and self._is_cuda and args[0].is_meta:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            file = sys._getframe(1).f_code.co_filename.replace("\\", "/")
+            for asking, (answer, said) in ANSWERED.items():
+                if file.endswith(asking):
+                    self.assumed.add(said)
+                    return answer
+        if func == IS_CUDA and self._is_cuda and args[0].is_meta:
             return True
         if func in (Tensor.data_ptr, Tensor.pin_memory) and args[0].is_meta:
             if func is Tensor.pin_memory:
@@ -49,9 +65,6 @@ class OnDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
-
-
 def _is_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"
@@ -59,9 +72,26 @@ def _is_cuda(value: Any) -> bool:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let `torch.compile` hand back what it is given: a trace is of eager code."""
+    compiled = torch.compile
+
+    def same(model=None, **_):
+        return (lambda function: function) if model is None else model
+
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # something was compiled before
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.compile = same  # type: ignore[assignment]
+        stack.callback(setattr, torch, "compile", compiled)
+        yield
+
+
+@contextmanager
 def building(is_cuda: bool) -> Iterator[None]:
     """While a model is built: every tensor is made on the meta device."""
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         stack.enter_context(OnDevice(is_cuda))
         stack.enter_context(META)
         yield

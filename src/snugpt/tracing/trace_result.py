@@ -19,7 +19,7 @@ from snugpt.spec.runtime import Runtime
 from snugpt.tracing.batch_line import holds_at, line_through
 
 SHOWN_TENSORS = 30
-LARGEST_BATCH = 2**20
+LARGEST_BATCH = 2**30
 LINE_BATCHES, CHECK_BATCH = (2, 3), 5
 LAYER = re.compile(r"(?<=\.)\d+(?=[.:]|$)|^\d+(?=[.:])")
 
