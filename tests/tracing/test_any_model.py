@@ -260,6 +260,47 @@ def test_what_a_trace_cannot_follow_is_refused_with_its_line(what, said: str) ->
     assert "\n" not in caught.value.message
 
 
+class Contexts(nn.Module):
+    """A model that keeps two contexts, one of them off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.on = torch.autocast("cuda", torch.bfloat16)
+        self.off = torch.autocast("cuda", enabled=False)
+
+    def forward(self, x):
+        with self.on:
+            assert self.layer(x).dtype == torch.bfloat16
+            with self.off:
+                return self.layer(x)
+
+
+def test_contexts_that_a_model_keeps_are_obeyed() -> None:
+    traced = snugpt.trace(Contexts, torch.zeros(2, 4), dtype=None)
+    assert traced.notes == ("the model returned a tensor 2 x 4; its sum stands for the loss",)
+    with pytest.warns(UserWarning, match="Disabling autocast"):
+        made_before = torch.autocast("cuda", torch.bfloat16)
+
+    def decorated(y):
+        with made_before:
+            assert (y @ y.t()).dtype == torch.bfloat16
+        return y.sum()
+
+    traced = snugpt.trace(Does(decorated), torch.zeros(2, 4), dtype=None)
+    assert traced.notes == ("an autocast made before the trace was taken as on",)
+
+
+def test_recurrent_layers_are_refused_on_a_gpu_and_traced_on_the_cpu() -> None:
+    def loss(output, batch):
+        return output[0].sum()
+
+    layer, x = nn.GRU(4, 4), torch.zeros(3, 2, 4)
+    with pytest.raises(FailedError, match="gru runs inside cuDNN"):
+        snugpt.trace(layer, x, loss=loss)
+    assert snugpt.trace(layer, x, loss=loss, gpu="cpu").fits
+
+
 def test_code_for_cuda_is_understood() -> None:
     def moves(y):
         assert y.is_cuda
@@ -337,6 +378,7 @@ def test_questions_that_cannot_be_are_refused() -> None:
         ({"batch_size": 0}, "batch_size = 0"),
         ({"grad_accum_steps": 0}, "grad_accum_steps = 0"),
         ({"optimizer": "adam"}, "optimizer = 'adam'"),
+        ({"optimizer": lambda weights: 3}, "optimizer = 'int'"),
     ):
         with pytest.raises(BadQuestionError, match=said):
             snugpt.trace(Perceptron(), x, **options)

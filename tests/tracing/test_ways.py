@@ -171,6 +171,7 @@ MASK = torch.empty(2, 1, 32, 32, device="meta", dtype=torch.bool)
         (card(8, 0), {"dtype": torch.float64}, "math"),
         (card(8, 0), {"attn_mask": MASK}, "efficient"),
         (card(9, 0), {"attn_mask": MASK}, "cudnn"),
+        (card(9, 0), {"dropout_p": 0.125}, "cudnn"),
         (card(9, 0), {"dropout_p": 0.1}, "flash"),  # cuDNN drops in sixteenths
         (card(9, 0), {"head": 256}, "flash"),
         (card(8, 9), {"head": 208}, "efficient"),  # flash's backward needs more shared memory

@@ -93,6 +93,8 @@ ASSUMED: tuple[Assumed, ...] = (
     Assumed("memory-efficient attention, backward", "cuda",
             "B·T32·H·4; below fp32 + B·T32·H·D·4",
             "ATen/native/transformers/cuda/attention_backward.cu"),
+    Assumed("cuDNN attention, forward and backward", "cuda", "none counted",
+            "ATen/native/cudnn/MHA.cpp"),
     Assumed("fused RMSNorm and LayerNorm, forward and backward", "cuda",
             "none counted", "ATen/native/cuda/layer_norm_kernel.cu"),
     Assumed("index_add_", "cuda", "none counted", "ATen/native/cuda/Indexing.cu"),

@@ -26,6 +26,7 @@ from snugpt.estimate import scratch
 from snugpt.estimate.timeline import Timeline
 from snugpt.planner.machine import Machine, machine_for
 from snugpt.spec.runtime import Runtime, runtime_for
+from snugpt.tracing.autocast import Casts, honoured
 from snugpt.tracing.kernels import kernels_of
 from snugpt.tracing.model_allocations import ModelAllocations
 from snugpt.tracing.placing import (
@@ -172,11 +173,11 @@ class Tracer:
             try:
                 timeline = self._steps(model, batch_size, allocations, ways, notes)
             except Exception as error:
-                raise refusal(error, "a step of the model") from error
+                raise refusal(error, allocations.phase) from error
         return Recorded(
             timeline,
             dict(ways.attention),
-            tuple(dict.fromkeys((*notes, *_notes(ways, device, allocations)))),
+            tuple(dict.fromkeys((*notes, *_notes(self.machine, ways, device, allocations)))),
         )
 
     def _steps(
@@ -271,7 +272,14 @@ class Tracer:
                 hint="snugpt.trace(..., optimizer=lambda p: torch.optim.SGD(p, 0.1))",
             )  # fmt: skip
         made = self.optimizer(weights)
-        return list(made) if isinstance(made, Sequence) else [made]
+        optimizers = list(made) if isinstance(made, Sequence) else [made]
+        for each in optimizers:
+            if not isinstance(each, torch.optim.Optimizer):
+                raise bad_value(
+                    "optimizer", type(each).__name__, "a function returns one optimizer or several",
+                    hint="snugpt.trace(..., optimizer=lambda p: torch.optim.SGD(p, 0.1))",
+                )  # fmt: skip
+        return optimizers
 
     def _tell_workspaces(self, allocations: ModelAllocations) -> None:
         runtime = self.runtime
@@ -295,7 +303,10 @@ def _placed(model: nn.Module | Callable[[], nn.Module], machine: Machine) -> nn.
 
 def built(build: Callable[[], Any], machine: Machine) -> Any:
     """Call a function that builds a model, everything it makes on the meta device."""
-    with building(machine.gpu.backend != "cpu"):
+    with ExitStack() as stack:
+        if machine.gpu.backend != "cpu":  # a context that the model keeps is made here
+            stack.enter_context(honoured(Casts(), _has_bf16(machine)))
+        stack.enter_context(building(machine.gpu.backend != "cpu"))
         try:
             made = build()
         except Exception as error:
@@ -365,12 +376,16 @@ def _label_states(allocations: ModelAllocations, optimizers: list[torch.optim.Op
                     allocations.label(value, "optimizer", said)
 
 
-def _notes(ways: Ways, device: OnDevice, allocations: ModelAllocations) -> list[str]:
+def _notes(
+    machine: Machine, ways: Ways, device: OnDevice, allocations: ModelAllocations
+) -> list[str]:
     """What the reader of the figures has to know."""
     notes = [f"assumed: {said}" for said in sorted(device.assumed)]
     if allocations.uncounted:
         names = ", ".join(sorted(allocations.uncounted))
         notes.append(f"not counted: what libraries take for themselves in {names}")
+    if machine.gpu.backend not in ("cuda", "cpu"):
+        notes.append(f"{machine.gpu.name} is traced by CUDA's rules, which is not tested")
     if ways.casts.made_before:
         notes.append("an autocast made before the trace was taken as on")
     return notes

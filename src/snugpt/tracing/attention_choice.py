@@ -3,7 +3,8 @@
 On the meta device it always takes the plain form, whose scores are T x T; no GPU does where it has
 a better one. The rules are those of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (read at
 commit 001f694) and of sdp_utils_cpp.h in the installed headers; how each kernel is called is in
-attention.cpp. Nested tensors and ROCm are not covered.
+attention.cpp. Where that commit is newer than PyTorch 2.13, 2.13 is followed. Nested tensors and
+ROCm are not covered.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _can_cudnn(call: Call, capability: Version) -> bool:
         and sizes_fit
         and call.key.shape[-2] != 1
         and (call.dropout * 16).is_integer()
-        and not (call.dropout and call.query.shape[-2] != 1)  # so it stands in sdp_utils.cpp
+        and not (call.dropout and call.query.shape[-2] == 1)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -162,6 +163,7 @@ def _can_flash(call: Call, capability: Version) -> bool:
 
 
 def _can_efficient(call: Call, capability: Version) -> bool:
+    """As up to 2.13, without grouped heads; pull request 191085 brings them later."""
     dtypes = (*HALVES, torch.float32) if capability >= (8, 0) else (torch.float16, torch.float32)
     head = call.query.shape[-1]
     half = call.query.dtype in HALVES

@@ -51,7 +51,7 @@ APPENDED = {"norm.Scalar": "ScalarOpt_dtype", "norm.ScalarOpt_dim": "ScalarOpt_d
 DEVICE = "cuda"  # whose autocast is meant; meta tensors stand for it
 
 
-class Autocast:
+class Casts:
     """The casts of one trace; the weights' copies live until the outermost context ends."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def is_on() -> bool:
 
 
 @contextmanager
-def honoured(casts: Autocast, has_bf16: bool) -> Iterator[None]:
+def honoured(casts: Casts, has_bf16: bool) -> Iterator[None]:
     """Let `torch.autocast("cuda")` keep its state where there is no CUDA; "meta" means the same."""
     context = autocast_mode.autocast
     init, enter = context.__init__, context.__enter__

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from snugpt.spec.memory import Phase
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing.allocations import Allocations, operation_name
 from snugpt.tracing.kernels import scratch_of
@@ -28,7 +29,7 @@ LIBRARY = {  # operations whose libraries take a workspace that nobody counts he
     "convolution": "cuDNN convolutions",
     "convolution_backward": "cuDNN convolutions",
     "_scaled_dot_product_cudnn_attention_backward": "cuDNN attention",
-    "_cudnn_rnn": "cuDNN recurrent layers",
+    "native_batch_norm": "cuDNN batch norms",
 }
 NO_SEQUENCE = 2**63  # nodes that only accumulate have no number of their own
 
@@ -51,6 +52,11 @@ class ModelAllocations(Allocations):
             self.uncounted.add(LIBRARY[name])
         if name not in FROM_HOST and _mixes(args):
             raise MixedDevicesError(name)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that was marked last."""
+        return self._stretches[-1].phase
 
     @contextmanager
     def naming(self, model: nn.Module) -> Iterator[None]:

@@ -150,6 +150,8 @@ def batch_maker(batch: Any) -> tuple[Callable[[int], Any], int | None]:
     """
     if callable(batch) and not isinstance(batch, Mapping):
         return lambda size: _moved(batch(size)), None
+    if isinstance(batch, Mapping):  # tokenizers return mappings of their own kind
+        batch = dict(batch)
     leaves = [each for each in tree_leaves(batch) if isinstance(each, Tensor) and each.dim()]
     if not leaves:
         raise bad_value(

@@ -18,6 +18,8 @@ from snugpt.errors import FailedError, SnugError
 LONGEST_LINE, LONGEST_MESSAGE = 70, 160
 TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 OUR_FOLDER = str(Path(__file__).parents[1]) + os.sep
+NOT_THE_USERS = (TORCH_FOLDER, OUR_FOLDER, "<frozen")
+OPTIMIZERS = TORCH_FOLDER + "optim" + os.sep
 WAITS = (
     "cannot be called on meta tensors",
     "Cannot copy out of meta tensor",
@@ -76,11 +78,16 @@ def refusal(error: Exception, where: str) -> SnugError:
 
 
 def _place(error: Exception) -> tuple[str, str]:
-    """`model.py:81` and the code there: the innermost line that is neither PyTorch's nor ours."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((TORCH_FOLDER, OUR_FOLDER, "<frozen")):
-            code = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-            return f"{_short(frame.filename)}:{frame.lineno}", code[:LONGEST_LINE]
+    """`model.py:81` and the code there: the innermost line that is neither PyTorch's nor ours.
+
+    Without one it is the innermost of PyTorch's optimizers.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    theirs = [each for each in frames if not each.filename.startswith(NOT_THE_USERS)]
+    optimizer = [each for each in frames if each.filename.startswith(OPTIMIZERS)]
+    for frame in theirs or optimizer:
+        code = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+        return f"{_short(frame.filename)}:{frame.lineno}", code[:LONGEST_LINE]
     return "", ""
 
 

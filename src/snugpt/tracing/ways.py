@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 
+from snugpt.errors import FailedError
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing import autocast
 from snugpt.tracing.attention_choice import Call, attend, attention_kernel
@@ -25,6 +26,7 @@ from snugpt.tracing.attention_choice import Call, attend, attention_kernel
 KEY = DispatchKey.AutocastIPU
 KEY_NAME = "AutocastIPU"
 aten = torch.ops.aten
+RECURRENT = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 
 
 class Ways:
@@ -33,8 +35,7 @@ class Ways:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.attention: Counter[str] = Counter()
-        self.uncounted: set[str] = set()  # operations whose library's workspace nobody counts
-        self.casts = autocast.Autocast()
+        self.casts = autocast.Casts()
 
 
 _taken: list[Ways] = []
@@ -77,6 +78,7 @@ def _register() -> tuple[torch.library.Library, ...]:
         "rms_norm": _rms_norm,
         "dropout": _dropout,
     }
+    special |= {name: _recurrent(_operation(name)) for name in RECURRENT}
     policies = (
         (autocast.LOWER, _lower),
         (autocast.FP32, _fp32),
@@ -218,6 +220,22 @@ def _rms_norm_in_parts(x: Tensor, normalized_shape, weight, eps) -> Tensor:
     if weight is not None:
         normed = normed.mul(weight)
     return normed.type_as(x)
+
+
+def _recurrent(operation):
+    """Refuse on CUDA: cuDNN runs the layer as one, and keeps what only it knows."""
+
+    def kernel(*args, **kwargs):
+        if _taken[-1].runtime.device == "cuda" and args[0].device.type == "meta":
+            raise FailedError(
+                f"{operation._schema.name.removeprefix('aten::')} runs inside cuDNN on a GPU, and"
+                " how much it keeps is not known",
+                hint="snugpt.trace(..., gpu='cpu')",
+            )
+        with _below():
+            return operation(*args, **kwargs)
+
+    return kernel
 
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
