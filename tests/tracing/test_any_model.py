@@ -29,6 +29,8 @@ from torch import nn
 import snugpt
 from snugpt.cli.model_screen import screen
 from snugpt.errors import BadQuestionError, FailedError
+from snugpt.estimate import scratch
+from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.tracing.named_model import trace_named
 
 VARIANTS = [{}, {"tied": True}, {"rms": True}, {"dropout": 0.1}, {"recompute": True}]
@@ -104,12 +106,34 @@ def test_the_users_module_is_not_touched() -> None:
                                                   gpu="rtx-4090").allocated_bytes  # fmt: skip
 
 
-def test_a_model_far_larger_than_this_machine_is_copied_without_its_data() -> None:
+def test_a_model_is_copied_without_its_data() -> None:
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))  # 8 MiB
+    with CpuAllocations(keep_events=False) as allocations:
+        traced = snugpt.trace(model, torch.empty(1, 512), gpu="t4")
+    assert allocations.peak_bytes < 2**18
+    assert traced.requested_bytes > 3 * 2**23
+
+
+def test_a_model_far_larger_than_this_machine_is_traced() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(16384, 16384, bias=False) for _ in range(80)))
     traced = snugpt.trace(model, torch.empty(1, 16384), train=False, gpu="h100", dtype=None)
     assert traced.requested_bytes > 80 * 16384**2 * 4
     assert not traced.fits
+    assert traced.largest_batch() == 0
+
+
+def test_what_attention_takes_inside_itself_is_counted() -> None:
+    timeline = snugpt.trace(Tiny(), tokens(), gpu="rtx-4090").timeline
+    inside = [
+        event.buffer.fixed_bytes
+        for _, _, event in timeline.events()
+        if event.sign > 0 and "flash_attention_backward" in event.buffer.name
+        and event.buffer.category == "workspace"
+    ]  # fmt: skip
+    heads, size = 4, C // 4
+    per_sequence = scratch.flash_backward(T, heads, heads, size, 2)
+    assert inside == 2 * [4 * each for each in per_sequence]
 
 
 def test_the_largest_batch_is_a_division_that_other_traces_confirm() -> None:
@@ -119,7 +143,7 @@ def test_the_largest_batch_is_a_division_that_other_traces_confirm() -> None:
     assert largest > 1000
     assert sorted(traced.tracer._recorded) == [1, 2, 3, 4, 5]
     again = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest)
-    above = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest + 64)
+    above = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest + 1)
     assert again.fits
     assert not above.fits
     smaller = traced.largest_batch("t4")
@@ -162,6 +186,9 @@ def test_phases_tensors_and_counters_are_said() -> None:
     assert found.bytes == 2 * 4 * T * 4 * C * 2
     assert "small_models.py:" in found.name
     assert json.dumps(traced.to_dict())
+    everything = {event.buffer.name for _, _, event in traced.timeline.events()}
+    assert {"blocks.1.down: backward, mm", "blocks.0.norms.1: backward, native_layer_norm_backward",
+            "model: backward, nll_loss_backward"} <= everything  # fmt: skip
     assert sum(each.bytes for each in traced.tensors) >= traced.requested_bytes
 
 
@@ -307,7 +334,21 @@ def test_code_for_cuda_is_understood() -> None:
         other = torch.ones(4, device="cuda") + torch.zeros(4).cuda() + torch.arange(4).to("cuda:0")
         return y.cuda().to(torch.device("cuda")) + other[torch.arange(4)]
 
-    assert snugpt.trace(Does(moves), torch.zeros(2, 4)).batch_size == 2
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert grad.is_cuda
+            return grad.cuda() * 2
+
+    def compiles(y):
+        assert torch.compile(moves) is moves
+        return Twice.apply(moves(y))
+
+    assert snugpt.trace(Does(compiles), torch.zeros(2, 4)).batch_size == 2
 
 
 def test_modes_and_patches_are_gone_after_a_trace_that_failed() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_leaves
 
 from snugpt.errors import BadQuestionError, bad_value
@@ -225,7 +226,7 @@ class Tracer:
             if not self.keep_outputs:
                 del output
             allocations.mark("backward")
-            loss.backward()
+            _backward(loss)
             del loss, batch
         if self.keep_outputs:
             del output
@@ -336,6 +337,14 @@ def _autocast(dtype: Autocast | None, machine: Machine) -> torch.dtype | None:
 
 def _has_bf16(machine: Machine) -> bool:
     return (machine.gpu.capability or (0, 0)) >= FIRST_BF16
+
+
+def _backward(loss: Tensor) -> None:
+    """What `loss.backward()` comes to; that itself would leave function modes behind."""
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
+        accumulate_grad=True,
+    )  # fmt: skip
 
 
 @contextmanager
