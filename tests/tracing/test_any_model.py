@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def test_phases_tensors_and_counters_are_said() -> None:
     assert found.bytes == 2 * 4 * T * 4 * C * 2
     assert "small_models.py:" in found.name
     assert json.dumps(traced.to_dict())
+    assert repr(traced).startswith("<Trace of batch 4 on h100-80gb: ")
     everything = {event.buffer.name for _, _, event in traced.timeline.events()}
     assert {"blocks.1.down: backward, mm", "blocks.0.norms.1: backward, native_layer_norm_backward",
             "model: backward, nll_loss_backward"} <= everything  # fmt: skip
@@ -316,6 +318,24 @@ def test_contexts_that_a_model_keeps_are_obeyed() -> None:
 
     traced = snugpt.trace(Does(decorated), torch.zeros(2, 4), dtype=None)
     assert traced.notes == ("an autocast made before the trace was taken as on",)
+
+
+def test_hugging_faces_question_about_masks_is_answered_and_said(tmp_path: Path) -> None:
+    file = tmp_path / "transformers" / "masking_utils.py"
+    file.parent.mkdir()
+    file.write_text("def is_needed(mask):\n    return not mask.all()\n", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("masking_utils_of_a_test", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def asks(y):
+        assert not module.is_needed(y > 0)
+        return y.sum()
+
+    traced = snugpt.trace(Does(asks), torch.zeros(2, 4))
+    assert traced.notes == ("assumed: no padding and no packed sequences in the batch",)
 
 
 def test_recurrent_layers_are_refused_on_a_gpu_and_traced_on_the_cpu() -> None:

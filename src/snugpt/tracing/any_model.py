@@ -58,7 +58,7 @@ def trace(
     model: nn.Module | Callable[[], nn.Module],
     batch: Any,
     *,
-    gpu: str = "h100",
+    gpu: str | None = "h100",
     batch_size: int | None = None,
     dtype: Autocast | None = "auto",
     optimizer: Literal["adamw"] | MakeOptimizer | None = "adamw",
@@ -76,7 +76,7 @@ def trace(
         batch: what the model is called with: a mapping (by name), a tuple or list (in order) or one
             tensor; only shapes and dtypes count. Tensors are scaled along their first dimension.
             Or a function from a batch size to such a batch.
-        gpu: a card of the catalogue, or "cpu".
+        gpu: a card of the catalogue, or "cpu"; None is this machine.
         batch_size: sequences in the batch; by default as given, 1 for a function.
         dtype: autocast around forward and loss: "bf16", "fp16", None for none; "auto" is bf16 where
             the card has it.

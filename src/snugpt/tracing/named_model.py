@@ -29,7 +29,7 @@ DEFAULT_BATCH, DEFAULT_TOKENS = 8, 1024
 def trace_named(
     spec: str,
     *,
-    gpu: str = "h100",
+    gpu: str | None = "h100",
     batch_size: int | None = None,
     seq_len: int | None = None,
     dtype: Autocast | None = "auto",

@@ -17,6 +17,7 @@ from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import BytesBand, Category, Phase
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing.batch_line import holds_at, line_through
+from snugpt.units import gib
 
 SHOWN_TENSORS = 30
 LARGEST_BATCH = 2**30
@@ -57,7 +58,7 @@ class Tracer(Protocol):
     def on(self, gpu: str) -> Tracer: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """A model's step at one batch size on one card, by every counter. All figures in bytes.
 
@@ -77,7 +78,14 @@ class Trace:
     notes: tuple[str, ...]
     timeline: Timeline
     tracer: Tracer
-    _largest: dict[str, int | None] = field(default_factory=dict, repr=False)
+    _largest: dict[str, int | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        fits = "fits" if self.fits else "does not fit"
+        return (
+            f"<Trace of batch {self.batch_size} on {self.gpu.id}: {gib(self.allocated_bytes)}"
+            f" allocated in {self.peak_phase}, {fits}>"
+        )
 
     @classmethod
     def of(cls, tracer: Tracer, batch_size: int) -> Trace:
