@@ -62,7 +62,9 @@ def reserved_band(
     return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
 
 
-def process_band(reserved: BytesBand, runtime: Runtime, outside: BytesBand) -> BytesBand:
+def process_band(
+    reserved: BytesBand, runtime: Runtime, outside: BytesBand = CONTEXT_BYTES
+) -> BytesBand:
     """What the device must have: reserved and what lies outside PyTorch."""
     if runtime.device == "cuda":
         return BytesBand(
@@ -77,7 +79,7 @@ def process_band(reserved: BytesBand, runtime: Runtime, outside: BytesBand) -> B
     )
 
 
-def outside_bytes(recipe: Recipe) -> BytesBand:
+def outside_bytes(recipe: Recipe | None) -> BytesBand:
     """What lies on the card beside PyTorch: the CUDA context, and NCCL under torchrun."""
     if not isinstance(recipe, TrainingRecipe) or recipe.launcher == "python":
         return CONTEXT_BYTES
@@ -89,11 +91,14 @@ def outside_bytes(recipe: Recipe) -> BytesBand:
     )
 
 
-def highest_process_bytes(peak: int, runtime: Runtime, recipe: Recipe) -> int:
-    """What a process whose tensors peak at `peak` may come to, before the simulation is asked."""
+def highest_process_bytes(peak: int, runtime: Runtime, recipe: Recipe | None = None) -> int:
+    """What a process whose tensors peak at `peak` may come to, before the simulation is asked.
+
+    Without a recipe it is somebody's own program on one card.
+    """
     if runtime.device == "cpu":
         return CPU_BASE_BYTES.high + int(peak * CPU_KEPT_HIGH)
-    expandable = stack_of(recipe).expandable_segments
+    expandable = recipe is not None and stack_of(recipe).expandable_segments
     return outside_bytes(recipe).high + _highest_reserved(peak, expandable)
 
 
