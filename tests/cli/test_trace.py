@@ -103,3 +103,71 @@ def test_bad_input_is_one_line_and_a_hint_and_leaves_nothing(
     error, _ = refusal(door(command), code)
     assert said in error
     assert names_under(elsewhere) == before
+
+
+MODEL = """
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(512, 64), nn.Linear(64, 512)
+    def forward(self, x, targets):
+        logits = self.head(self.embedding(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+class Waits(Net):
+    def forward(self, x, targets):
+        loss = super().forward(x, targets)
+        return loss if loss.item() > 1 else 2 * loss
+"""
+
+
+@pytest.fixture
+def own_model(elsewhere: Path, request: pytest.FixtureRequest) -> str:
+    """A module of the user's in the current folder, by a name no other test has imported."""
+    name = f"own_{abs(hash(request.node.name)) % 10**9}"
+    (elsewhere / f"{name}.py").write_text(MODEL)
+    return name
+
+
+def test_a_model_of_ones_own_is_traced_for_a_card(
+    door: Door, elsewhere: Path, own_model: str
+) -> None:
+    command = f"snugpt trace {own_model}:Net --gpu rtx-3060 --batch-size 4 --seq-len 128"
+    done = door(f"{command} --json --plot own.svg")
+    found = json.loads(done.out)
+    assert (done.code, found["fits"], found["batch_size"]) == (0, True, 4)
+    assert found["parameters"] == 512 * 64 * 2 + 512
+    assert found["largest_batch"] > 1000
+    assert (elsewhere / "own.svg").exists()
+    shown = door(command)
+    assert shown.out.splitlines()[0].endswith("FITS")
+    assert max(len(line) for line in shown.out.splitlines()) <= COLUMNS
+
+
+def test_a_model_that_does_not_fit_exits_3_with_the_batch_that_does(
+    door: Door, own_model: str
+) -> None:
+    command = f"snugpt trace {own_model}:Net --gpu rtx-3060 --seq-len 128"
+    error, hint = refusal(door(f"{command} --batch-size 200000"), 3)
+    assert "does not fit" in error
+    assert hint.startswith(f"{command} --batch-size ")
+    assert door(hint).code == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (":Waits", 1, "waits for data"),
+        (":Nett", 2, "did you mean 'Net'"),
+        (":Net --depth 2", 2, "depth is not a flag"),
+        (".more:Net", 2, "unknown module"),
+    ],
+)
+def test_a_model_that_cannot_be_traced_is_one_line(
+    door: Door, own_model: str, end: str, code: int, said: str
+) -> None:
+    error, _ = refusal(door(f"snugpt trace {own_model}{end}"), code)
+    assert said in error
