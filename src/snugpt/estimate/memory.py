@@ -42,7 +42,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
     else:
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
-            recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
+            recipe.checkpoint, recipe.compile, recipe.optimizer, recipe.grad_accum_steps > 1,
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:

@@ -16,6 +16,7 @@ ComputeDtype = Literal["fp32", "bf16"]
 Optimizer = Literal["muon", "adamw"]
 Checkpoint = Literal["none", "blocks"]
 Loss = Literal["chunked", "plain"]
+Compile = Literal["off", "on"]
 
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -78,7 +79,7 @@ class TrainingRecipe(
     state_dtype: Literal["fp32"] = "fp32"
     weight_dtype: Literal["master"] = "master"
     fp8: Literal["off"] = "off"
-    compile: Literal["off"] = "off"
+    compile: Compile = "off"
     sharding: Literal["none"] = "none"
     offload: Literal["none"] = "none"
     schedule: Schedule
