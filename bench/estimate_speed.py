@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from snugpt.estimate import memory
-from snugpt.estimate.allocator import simulate
+from snugpt.estimate.simulation import simulate
 from snugpt.spec.catalogue import find_gpu
 from snugpt.spec.recipe import Schedule, TrainingRecipe
 from snugpt.spec.runtime import runtime_for

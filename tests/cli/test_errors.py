@@ -43,6 +43,26 @@ BAD = {
     "plan --gpu t4 --preset tiny_char --vocab-size 300 --byte-tokens": "one token per byte",
     "plan --gpu t4 --depth 4 --warmup-fraction 0.8": "warmup_fraction",
     "plan --gpu t4 --width 65536 --layers 1024 --device-batch-size 9999999": "any machine",
+    "plan --stack nanochat@2025-9 --gpu h100 --depth 4": "did you mean 'nanochat@2025-10'",
+    "plan --stack nanochat --gpu t4 --depth 4": "capability 8.0 and up",
+    "plan --stack nanochat --gpu h100 --depth 4 --checkpoint blocks": "it has none only",
+    "plan --stack nanochat --gpu h100 --depth 4 --loss chunked": "it has plain only",
+    "plan --stack nanochat --gpu h100 --depth 4 --optimizer adamw": "it has muon only",
+    "plan --stack nanochat --gpu h100 --depth 4 --preset d12": "preset = 'd12' is not an option",
+    "plan --stack nanochat --gpu h100 --depth 4 --clip-norm 1": "clip_norm = 1.0 is not an option",
+    "plan --stack nanochat --gpu h100 --task generate --depth 4": "for training only",
+    "plan --stack nanochat@2025-10 --gpu h100 --depth 4 --fp8": "fp8 = 'on' is not an option",
+    "plan --stack nanochat@2026-02 --gpu h100 --depth 4 --fp8": "torchao",
+    "plan --stack nanochat@2026-03 --gpu a100-80gb --depth 4 --fp8": "has no FP8",
+    "plan --stack nanochat@2025-10 --gpu h100 --depth 5": "3 heads there",
+    "plan --stack nanochat@2025-10 --gpu h100 --depth 4 --window-pattern L": "no such option",
+    "plan --stack nanochat@2025-10 --gpu h100 --depth 4 --tokens-per-param 8.5": "whole numbers",
+    "plan --stack nanochat --gpu h100 --depth 4 --num-gpus 3": "num_gpus = 3 is not allowed",
+    "plan --stack nanochat --gpu h100 --depth 4 --num-gpus 9": "num_gpus = 9 is not allowed: 1",
+    "plan --stack nanochat --gpu h100 --num-gpus 8 --launcher python": "started by torchrun",
+    "plan --gpu h100 --depth 4 --num-gpus 2": "num_gpus = 2 is not an option of snugpt",
+    "plan --gpu h100 --depth 4 --launcher torchrun": "it has python only",
+    "plan --gpu h100 --depth 4 --fp8": "fp8 = 'on' is not an option of snugpt",
     "plan --gpu t4 --depth 4 extra": "extra",
     "plna": "did you mean 'plan'",
     "--nonsense": "--nonsense",
@@ -137,6 +157,9 @@ CHOICES: dict[str, list[Any]] = {
     "checkpoint": ["none", "blocks"],
     "optimizer": ["muon", "adamw"],
     "objective": ["speed", "memory"],
+    "stack": ["snugpt", "nanochat", "nanochat@2025-10", "nanochat@2026-03", "nanogpt"],
+    "launcher": ["python", "torchrun"],
+    "fp8": [True, False],
 }
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     **{name: st.sampled_from(values) for name, values in CHOICES.items()},
@@ -148,6 +171,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 def questions(draw: st.DrawFn) -> dict[str, Any]:
     """A machine, a model, and up to five other fields with whatever in them."""
     fields = {"gpu": draw(FIELDS["gpu"]), "depth": draw(st.integers(1, 32))}
+    if draw(st.booleans()):
+        fields["stack"] = draw(FIELDS["stack"])
     names = draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=5, unique=True))
     fields |= {name: draw(FIELDS[name]) for name in names}
     if draw(st.booleans()):

@@ -74,10 +74,10 @@ def test_bands_are_in_order_and_agree_with_the_step(asked, gpu) -> None:
 
 
 def test_a_measured_rate_stands_for_the_assumed_share() -> None:
-    rate = training_rate(CARD, "bf16", 4e13)
+    shape, recipe, _ = question({"style": "nanochat", "depth": 12, "seq_len": 1024})
+    rate = training_rate(CARD, recipe, 4e13)
     assert rate.basis == "fitted"
     assert rate.flops_per_s.low < rate.flops_per_s.expected == 4e13 < rate.flops_per_s.high
-    shape, recipe, _ = question({"style": "nanochat", "depth": 12, "seq_len": 1024})
     speed = speed_estimate(shape, recipe, CARD, measured_flops_per_s=4e13)
     assert speed.step_s == step_time_s(shape, recipe, CARD, 4e13)
     assert speed.basis == "fitted"

@@ -70,9 +70,10 @@ def test_the_mask_is_zero_where_a_key_is_seen_and_minus_infinity_elsewhere(T, wi
     assert torch.equal(mask == -torch.inf, ~visible(T, window))
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("share", [1e-9, 0.3])
-def test_math_attention_drops_weights_after_the_softmax(share):
-    T, H = 17, 3
+def test_math_attention_drops_weights_after_the_softmax(share, kv_heads):
+    T, H = 17, 4
 
     def ours(q, k, v):
         torch.manual_seed(SEED)
@@ -81,7 +82,7 @@ def test_math_attention_drops_weights_after_the_softmax(share):
     torch.manual_seed(SEED)
     dropped = torch.empty(B * H, T, T, dtype=torch.bool).bernoulli_(share)
     assert dropped.any() == (share > 0.1)
-    assert_same(ours, lambda *qkv: written_out(*qkv, None, dropped, share), heads(T, H, H))
+    assert_same(ours, lambda *qkv: written_out(*qkv, None, dropped, share), heads(T, H, kv_heads))
 
 
 def test_math_attention_without_dropout_is_the_tiled_kernel():

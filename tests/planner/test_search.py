@@ -145,7 +145,7 @@ def test_pinned_levers_are_released_before_the_model_shrinks() -> None:
 
 def test_the_context_is_halved_before_the_model_shrinks_unless_it_is_pinned() -> None:
     made = plan(gpu="t4", depth=19)
-    assert (made.fits, made.alternatives[0].change) == (False, "seq_len 1024")
+    assert (made.fits, made.alternatives[0].change) == (False, "seq_len 512")
     assert made.alternatives[1].change.startswith("depth")
     assert plan(gpu="t4", depth=19, seq_len=2048).alternatives[0].change.startswith("depth")
 

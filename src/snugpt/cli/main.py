@@ -22,6 +22,7 @@ INSTALL_TRAIN = "pip install 'snugpt[train]'"
 INTERRUPTED = 130  # 128 + SIGINT, what shells give
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("snugpt.cli.plan:plan", "What fits your GPU: settings, memory, time, and why."),
+    "trace": ("snugpt.cli.trace:trace", "The real code without a GPU, beside what is predicted."),
     "train": ("snugpt.cli.train:train", "Train by a plan, with its receipt at the end."),
     "generate": ("snugpt.cli.generate:generate", "Text from a trained model."),
     "gpus": ("snugpt.cli.gpus:gpus", "The cards snugpt knows, with the source of every figure."),

@@ -27,6 +27,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 SECTIONS: dict[str, dict[str, str]] = {
     "What for": {
         "gpu": "The card, as people write it; cpu; default: this machine.",
+        "num_gpus": "Cards of that kind; snugpt runs on one.",
+        "stack": "The program that will run it: snugpt, nanochat, nanochat@2025-10, ...",
+        "launcher": "How nanochat is started: python or torchrun.",
         "task": "What the plan is for; default: train.",
         "reserve": "GiB of the card left to others, a desktop's display say.",
         "objective": "The fastest that fits (speed, default) or the smallest peak (memory).",
@@ -65,6 +68,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "loss": "Logits in chunks or all at once.",
         "loss_chunk_tokens": "Tokens of one chunk of the loss.",
         "optimizer": "Muon for the matrices, or AdamW for all.",
+        "fp8": "Products in FP8, where the stack has it.",
     },
     "Schedule": {
         "learning_rate": "AdamW's peak rate.",

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from snugpt.cli.options import QuestionCommand, question_from, question_options
-from snugpt.cli.screen import colour, print_plan
+from snugpt.cli.output_files import PICTURE_SUFFIX, check_output, write_output
+from snugpt.cli.screen import print_plan
 from snugpt.errors import BadQuestionError, DoesNotFitError, bad_value
 from snugpt.planner.answer import MOST_ALTERNATIVES, answer
 from snugpt.planner.command import command_line
@@ -28,11 +29,17 @@ from snugpt.units import gib
     help="Write the plan there, for `snugpt train FILE`.",
 )  # fmt: skip
 @click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.svg",
+    help="Draw the step there: bytes by category, phase by phase, against the card.",
+)  # fmt: skip
+@click.option(
     "--measure", is_flag=True,
     help="Train on this processor for ten seconds first, so that times are not guessed.",
 )  # fmt: skip
 @question_options()
-def plan(as_json: bool, output: Path | None, measure: bool, **flags: Any) -> None:
+def plan(
+    as_json: bool, output: Path | None, plot: Path | None, measure: bool, **flags: Any
+) -> None:
     """Say what fits: settings, memory, speed, and why. No GPU and no torch is needed.
 
     What you pin stays; what you leave out is chosen. Exit code 3: it does not fit.
@@ -42,39 +49,35 @@ def plan(as_json: bool, output: Path | None, measure: bool, **flags: Any) -> Non
       snugpt plan --gpu rtx-4090 --depth 12
       snugpt plan --gpu gtx-1070 --task generate --preset 150M
     """
+    _check_outputs(output, plot)
     if measure:
         from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
 
         keep_cpu_rate(default_cache_folder(), measure_cpu_rate())
-    if output is not None:
-        _check_output(output)
     whole = as_json or output is not None
     made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 0)
     if as_json:
         sys.stdout.write(encode_plan(made).decode())
     else:
         print_plan(made)
+    if plot is not None:
+        from snugpt.planner.picturing import picture_of
+
+        write_output(plot, picture_of(made).encode())
     if not made.fits:
         raise does_not_fit(made)
     if output is not None:
-        from snugpt.data.durable_file import write_durably
-
-        write_durably(output, encode_plan(made))
-        click.echo(f"written to {output}", err=True, color=colour())
+        write_output(output, encode_plan(made))
 
 
-def _check_output(output: Path) -> None:
-    """Refuse what is no place for a file: it is replaced whole, devices and links must not be."""
-    try:
-        usable = output.name != "" and output.parent.is_dir() and not output.is_symlink()
-        usable = usable and (output.is_file() or not output.exists())
-    except (OSError, ValueError):
-        usable = False
-    if str(output) == "-" or not usable:
-        raise bad_value(
-            "output", str(output), "a file's path in a folder that exists",
-            hint="snugpt plan --depth 12 -o plan.json",
-        )  # fmt: skip
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
+    if output is not None:
+        check_output("output", output, hint="snugpt plan --depth 12 -o plan.json")
+    if plot is not None:
+        hint = "snugpt plan --depth 12 --plot plan.svg"
+        check_output("plot", plot, hint=hint, suffix=PICTURE_SUFFIX)
+        if output is not None and output.resolve() == plot.resolve():
+            raise bad_value("plot", str(plot), "another file than the plan's", hint=hint)
 
 
 def planned(question: Question, num_alternatives: int = MOST_ALTERNATIVES) -> Plan:

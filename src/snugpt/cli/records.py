@@ -1,4 +1,4 @@
-"""`snugpt records`: every past run, predicted ÷ measured."""
+"""`snugpt records`: every past run, predicted ÷ measured; `accuracy`: this version's grades."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from snugpt.ledger.accuracy import AccuracyRow, accuracy
 from snugpt.ledger.store import read_all
 from snugpt.spec.host import default_ledger_folder
 
+# Beside the source; an installed package has no records, so there they are named.
+RECORDS = Path(__file__).parents[3] / "records"
 
-@click.command()
+
+@click.group(invoke_without_command=True)
 @click.option("--ledger", type=click.Path(path_type=Path), help="Folder of the ledger.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def records(ledger: Path | None, as_json: bool) -> None:
+@click.pass_context
+def records(context: click.Context, ledger: Path | None, as_json: bool) -> None:
     """List how predictions compared with every past run.
 
     A ratio above 1 is on the safe side. Runs that ended out of memory bound the need from below and
@@ -23,7 +27,10 @@ def records(ledger: Path | None, as_json: bool) -> None:
 
     \b
     Example: snugpt records
+             snugpt records accuracy     what this version predicts, against what others measured
     """
+    if context.invoked_subcommand is not None:
+        return
     found = read_all(ledger or default_ledger_folder())
     rows = accuracy(found)
     if as_json:
@@ -36,6 +43,33 @@ def records(ledger: Path | None, as_json: bool) -> None:
         return
     click.echo(f"{len(found)} measurements, predicted ÷ measured")
     for line in table(rows):
+        click.echo(line)
+
+
+@records.command("accuracy")
+@click.option(
+    "--records", "folder", type=click.Path(path_type=Path), default=RECORDS,
+    help="Folder of records; the one beside the source if there is one.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--markdown", is_flag=True, help="The page docs/concepts/accuracy.md.")
+def accuracy_of_records(folder: Path, as_json: bool, markdown: bool) -> None:
+    """Grade this version against published measurements and the records kept in its source.
+
+    Every row is predicted anew or refused with its reason. Nothing here runs on a GPU.
+
+    \b
+    Example: snugpt records accuracy
+    """
+    from snugpt.cli import accuracy_page
+    from snugpt.ledger.grading import grade
+
+    report = grade(folder)
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+        return
+    lines = accuracy_page.markdown(report) if markdown else accuracy_page.screen(report)
+    for line in lines:
         click.echo(line)
 
 

@@ -41,9 +41,21 @@ def screen_lines(plan: Plan) -> Iterator[str]:
     yield ""
     if isinstance(plan.recipe, TrainingRecipe):
         yield from _choices(plan, plan.recipe)
+        if plan.stack != "snugpt" and plan.fits:
+            yield from row("run", f"with {plan.stack}:")
+            yield from command_rows(plan.command)
     yield from _ways_out(plan)
     for note in plan.notes:
+        yield from _note(note)
+
+
+def _note(note: str) -> Iterator[str]:
+    """A note in words is wrapped, one that is a shell command stays as it is."""
+    if not note.startswith("sed "):
         yield from row("note", note)
+        return
+    for line in note.split("\n"):
+        yield " " * LABEL + line
 
 
 def row(label: str, text: str) -> Iterator[str]:
@@ -165,6 +177,7 @@ def _pace(plan: Plan) -> Iterator[str]:
         f" {count(recipe.total_tokens)} tokens = {plan.reasons['total_tokens']}",
     )
     product = f"{recipe.device_batch_size} x {recipe.seq_len} x {recipe.grad_accum_steps} passes"
+    product += f" x {recipe.world_size} GPUs" if recipe.world_size > 1 else ""
     rule = plan.reasons["total_batch_tokens"]
     yield from row("step", f"{recipe.total_batch_tokens:,} tokens = {product}; {rule}")
     if plan.data is not None and plan.data.epochs is not None:

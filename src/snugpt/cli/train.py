@@ -103,7 +103,7 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
 
 def _with_text(question: Question) -> Question:
     """The question with the built-in text where none is named."""
-    if question.input is not None:
+    if question.input is not None or question.stack != "snugpt":
         return question
     import msgspec
 

@@ -21,22 +21,24 @@ def attention(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
 
 def cached_attention(net: Net, q: Buffer, key_tokens: int) -> Operation:
     """Attention over what a cache holds, without gradients; keys and values are views of it."""
+    shape, size = net.shape, net.width_bytes
     out, statistics = _out(net, q), _statistics(net)
-    if net.runtime.attention == "efficient" and net.shape.num_heads > net.shape.num_kv_heads:
-        H, D, size = net.shape.num_heads, net.shape.head_dim, net.width_bytes
-        keys = Buffer(
-            "repeated keys", "activations", 0, key_tokens * H * D * size, f"B·S·H·D·{size}"
+    state = _random_state(net) if net.cuda else ()
+    copies: Scratch = ()
+    if net.runtime.attention == "efficient" and shape.num_heads > shape.num_kv_heads:
+        each, text = key_tokens * shape.model_dim * size, f"B·S·H·D·{size}"
+        copies = tuple(
+            Buffer("repeated keys and values", "activations", 0, each, text) for _ in "kv"
         )
-        values = Buffer("repeated values", "activations", 0, keys.sequence_bytes, keys.formula)
-        inside: Scratch = (keys, values)
-    else:
-        inside = _cpu_forward_scratch(net, key_tokens) if net.runtime.device == "cpu" else ()
+    inside = () if net.cuda else _cpu_forward_scratch(net, key_tokens)
     return Operation(
         name="attention",
         reads=(q,),
         result=out,
-        forward=(out, statistics, *inside, *inside, statistics),
-    )
+        forward=(
+            *copies, out, statistics, *state, *inside, *inside, *copies, statistics, *state
+        ),
+    )  # fmt: skip
 
 
 def _out(net: Net, q: Buffer) -> Buffer:
@@ -122,9 +124,9 @@ def _efficient(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
     copies = _repeated(net) if repeats else ()
     wide = _repeated(net) if repeats else ()
     sizes = scratch.efficient_backward(
-        net.seq_len, shape.num_heads, shape.head_dim, net.width_bytes
+        net.seq_len, shape.num_heads, shape.head_dim, net.width_bytes, net.runtime.capability
     )
-    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4"))
+    inside = _attention_scratch(sizes, ("B·T·H·4", "B·T·H·D·4", "B·T·H·4"))
     if repeats:
         backward = (*copies, grads[0], *wide, *inside, *inside, grads[1], grads[2], *wide, *copies)
     else:
@@ -151,37 +153,54 @@ def _repeated(net: Net) -> Scratch:
 
 
 def _math(net: Net, q: Buffer, k: Buffer, v: Buffer) -> Operation:
-    """`attention.MathAttention`: copies by head, the weights, and what was dropped of them."""
-    T, H, size = net.seq_len, net.shape.num_heads, net.width_bytes
-    grads = tuple(net.gradient_of(x) for x in (q, k, v))
-    copies = tuple(
-        Buffer("queries, keys, values by head", "activations", 0, x.sequence_bytes, x.formula)
-        for x in (q, k, v)
-    )
-    out = _out(net, q)
+    """`attention.MathAttention`: copies by head, the weights, and what was dropped of them.
+
+    What is already in order is not copied: a single head, a single kv head's sum.
+    """
+    T, H, K, size = net.seq_len, net.shape.num_heads, net.shape.num_kv_heads, net.width_bytes
+
+    def by_head(x: Buffer) -> Buffer:
+        name = "queries, keys, values by head"
+        return x if H == 1 else Buffer(name, "activations", 0, q.sequence_bytes, q.formula)
 
     def square(name: str, element_bytes: int) -> Buffer:
         bytes_per_sequence = H * T * T * element_bytes
         return Buffer(name, "activations", 0, bytes_per_sequence, f"B·H·T·T·{element_bytes}")
 
+    heads = tuple(by_head(x) for x in (q, k, v))
+    copies = () if H == 1 else heads
+    out = _out(net, q)
+    result = by_head(out)
+    made = (out,) if H == 1 else (result, out, result)
     weights, dropped = square("attention weights", size), square("dropout masks", BOOL)
     kept, slope, product = (square("attention weights", size) for _ in range(3))
     future = net.fixed("future mask", "activations", T * T * BOOL, "T·T")
-    sums = Buffer("attention statistics", "activations", 0, H * T * size, f"B·H·T·{size}")
-    by_head, grad = net.gradient_of(q), net.gradient_of(q)
-    parts = tuple(net.gradient_of(x) for x in (v, q, k))
-    grad_q, grad_k, grad_v = grads
+    rows, text = H * T * size, f"B·H·T·{size}"
+    sums, highest, totals = (
+        Buffer("attention statistics", "activations", 0, rows, text) for _ in range(3)
+    )
+    grad_q, grad_k, grad_v = (net.gradient_of(x) for x in (q, k, v))
+    by_head_grad = () if H == 1 else (net.gradient_of(q),)
+
+    def by_token(grad: Buffer, heads_there: int) -> Scratch:
+        """The gradient of each query head, a sum where heads share, and a copy by token."""
+        each, total = net.gradient_of(q), net.gradient_of(grad)
+        if heads_there == H:
+            return (grad,) if H == 1 else (each, grad, each)
+        return (each, grad, each) if heads_there == 1 else (each, total, each, grad, total)
+
     return Operation(
         name="attention",
         reads=(q, k, v),
         result=out,
         forward=(
-            *copies, weights, future, dropped, kept, by_head, out, by_head, future, kept
+            *copies, weights, future, highest, highest, totals, totals, dropped, kept,
+            *made, future, kept,
         ),
-        keeps=(*copies, weights, dropped),
+        keeps=(*heads, weights, dropped),
         backward=(
-            grad, slope, parts[0], grad_v, parts[0], product, sums, sums, product,
-            parts[1], grad_q, parts[1], parts[2], grad_k, parts[2], slope, grad,
+            *by_head_grad, slope, *by_token(grad_v, K), product, sums, sums, product,
+            *by_token(grad_q, H), *by_token(grad_k, K), slope, *by_head_grad,
         ),
         gradients=((q, grad_q), (k, grad_k), (v, grad_v)),
     )  # fmt: skip

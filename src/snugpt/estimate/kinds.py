@@ -96,11 +96,15 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
         net.per_token("norm statistics", 1, "", element_bytes=FP32)
         for _ in range(2 if layer_norm else 1)  # mean and 1 / std, or 1 / rms
     )
-    made = (out, *statistics) if layer_norm or net.cuda else (*statistics, out)
+    fused = layer_norm or net.cuda
+    results = (out, *statistics) if fused else (*statistics, out)
     grad_x, grad_weight = net.gradient_of(x), net.weight_gradient(weight)
-    if layer_norm or net.cuda:
+    if fused:
         parts = _partial_sums(net, weight)
-        backward = (*cast, grad_x, grad_weight, *parts, *parts, *cast)
+        low = net.cast_of(weight)  # the kernel's gradient has the dtype of the cast weight
+        made = (*cast, grad_x, *low, *parts, *parts)
+        last = (*cast, grad_weight, *low) if layer_norm else (grad_weight, *low, *cast)
+        backward = (*made, *last)
     else:
         unit, mean = net.gradient_of(x), net.per_token("norm statistics", 1, "", element_bytes=FP32)
         backward = (unit, grad_x, grad_weight, mean, unit, mean)
@@ -108,7 +112,7 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
         name="norm",
         reads=(x,),
         result=out,
-        forward=(*cast, *made, *cast),
+        forward=(*cast, *results, *cast),
         keeps=(x, *statistics),
         backward=backward,
         gradients=((x, grad_x),),
@@ -290,7 +294,7 @@ def _half(grad: Buffer, net: Net) -> tuple[int, int]:
 
 def _partial_sums(net: Net, weight: Weight) -> tuple[Buffer, ...]:
     """Scratch of the norm's weight gradient, summed in parts."""
-    if net.cuda:  # below a MiB and far from any peak: left out
+    if net.cuda:  # at most 4 MiB, and only of many narrow rows: see scratch.ASSUMED
         return ()
     sizes = scratch.cpu_layer_norm_backward(weight.elements, net.runtime.num_threads)
     return tuple(net.fixed("norm scratch", "workspace", n, "2·threads·C·4") for n in sizes)

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from snugpt.estimate.flops import (
-    executed_flops_per_token,
-    forward_flops_per_token,
-    muon_flops,
-)
+from snugpt.estimate.flops import forward_flops_per_token, muon_flops
 from snugpt.estimate.parameters import num_parameters
+from snugpt.estimate.stacks.catalogue import FP8_SPEEDUP, stack_of
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -22,9 +19,8 @@ from snugpt.spec.recipe import BYTES, GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import SECONDS_PER_HOUR
 
-# Share of the dense rate that eager PyTorch reaches in training; published runs of compiled
-# nanochat reach 0.41 to 0.59 on H100s (leaderboard and dev log), eager ones are below. Assumed.
-TRAINING_SHARE = Band(0.20, 0.35, 0.50)
+# Share of the dense rate that arithmetic reaches in generation. Assumed.
+GENERATION_SHARE = 0.35
 # Share of memory bandwidth that decoding reaches; gpt-fast reaches about 0.7 compiled. Assumed.
 BANDWIDTH_SHARE = Band(0.25, 0.45, 0.70)
 # On a CPU of unknown make, share of cores x 32 flops per cycle at 3 GHz. Assumed.
@@ -32,6 +28,7 @@ CPU_SHARE = Band(0.15, 0.45, 0.9)
 MEASURED_BAND = 0.35  # a measured rate was taken on another shape: a third either way
 KERNEL_START_S = {"cuda": 6e-6, "cpu": 12e-6, "mps": 12e-6, "rocm": 8e-6}
 KERNELS_PER_LAYER = 90  # forward and backward of one layer, counted on the nanochat style
+COMPILED_KERNELS_PER_LAYER = 30  # fused by the compiler. Assumed.
 OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes weight and two moments, reads gradient
 
 
@@ -43,14 +40,18 @@ class Rate(NamedTuple):
     source: str
 
 
-def training_rate(gpu: Gpu, dtype: str, measured_flops_per_s: float | None = None) -> Rate:
+def training_rate(
+    gpu: Gpu, recipe: TrainingRecipe, measured_flops_per_s: float | None = None
+) -> Rate:
     """The rate of training on a device: measured on it, else a share of its dense rate."""
-    if measured_flops_per_s:
+    stack = stack_of(recipe)
+    if measured_flops_per_s and stack.version is None:
         rate = measured_flops_per_s
         low, high = rate * (1 - MEASURED_BAND), rate * (1 + MEASURED_BAND)
         return Rate(Band(low, rate, high), "fitted", "measured on this machine")
-    share = CPU_SHARE if gpu.backend == "cpu" else TRAINING_SHARE
-    peak = dense_rate(gpu, dtype)
+    share = CPU_SHARE if gpu.backend == "cpu" else stack.training_share
+    dtype = recipe.compute_dtype
+    peak = dense_rate(gpu, dtype) * (FP8_SPEEDUP if recipe.fp8 == "on" else 1.0)
     band = Band(peak * share.low, peak * share.expected, peak * share.high)
     return Rate(band, "assumed", f"{share.expected:.0%} of {peak / 1e12:.3g} TFLOP/s {dtype}")
 
@@ -64,12 +65,13 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
 def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
     """Seconds of one optimizer step at a rate of arithmetic."""
     tokens = recipe.total_batch_tokens / recipe.world_size
-    arithmetic = executed_flops_per_token(shape, recipe) * tokens / flops_per_s
+    arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
     recomputed = 4 / 3 if recipe.checkpoint == "blocks" else 1.0
-    kernels = KERNELS_PER_LAYER * shape.num_layers * recipe.grad_accum_steps * recomputed
+    per_layer = COMPILED_KERNELS_PER_LAYER if recipe.compile == "on" else KERNELS_PER_LAYER
+    kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
     optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
-        optimizer += muon_flops(shape) / flops_per_s
+        optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
     return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer
 
 
@@ -83,7 +85,7 @@ def speed_estimate(
     """Tokens per second, seconds per step and hours of a recipe on a device."""
     if isinstance(recipe, GenerationRecipe):
         return _generation_speed(shape, recipe, gpu)
-    rate = training_rate(gpu, recipe.compute_dtype, measured_flops_per_s)
+    rate = training_rate(gpu, recipe, measured_flops_per_s)
     slow, step_s, fast = (
         step_time_s(shape, recipe, gpu, flops_per_s)
         for flops_per_s in (rate.flops_per_s.low, rate.flops_per_s.expected, rate.flops_per_s.high)
@@ -105,7 +107,7 @@ def _generation_speed(shape: ModelShape, recipe: GenerationRecipe, gpu: Gpu) -> 
     read_bytes = num_parameters(shape) * BYTES[recipe.weight_dtype] + recipe.batch * cache
     started = KERNELS_PER_LAYER / 3 * shape.num_layers * KERNEL_START_S[gpu.backend]
     arithmetic = recipe.batch * forward_flops_per_token(shape, recipe.cache_len)
-    compute = arithmetic / (dense_rate(gpu, recipe.weight_dtype) * TRAINING_SHARE.expected)
+    compute = arithmetic / (dense_rate(gpu, recipe.weight_dtype) * GENERATION_SHARE)
     slow, step_s, fast = (
         max(read_bytes / (gpu.bandwidth_bytes_per_s * share), compute) + started
         for share in (BANDWIDTH_SHARE.low, BANDWIDTH_SHARE.expected, BANDWIDTH_SHARE.high)

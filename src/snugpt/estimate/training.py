@@ -171,11 +171,13 @@ class TrainingStep:
     def _clip(self) -> list[Event]:
         """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
         num_tensors = sum(1 for _ in all_weights(self.shape))
-        each = self.net.fixed("gradient norms", "workspace", FP32, "4 per parameter tensor")
-        stacked = self.net.fixed("gradient norms", "workspace", num_tensors * FP32, "tensors·4")
+        each = self.net.fixed("gradient norms", "gradients", FP32, "4 per parameter tensor")
+        stacked = self.net.fixed("gradient norms", "gradients", num_tensors * FP32, "tensors·4")
+        total = self.net.fixed("gradient norms", "gradients", FP32, "4")
+        norms = [Event(1, each)] * num_tensors
         return [
-            *(Event(1, each) for _ in range(num_tensors)), Event(1, stacked), Event(-1, stacked),
-            *(Event(-1, each) for _ in range(num_tensors)),
+            *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
+            *(Event(-1, norm) for _, norm in norms), Event(-1, total),
         ]  # fmt: skip
 
     def _matrix_updates(self) -> list[Event]:

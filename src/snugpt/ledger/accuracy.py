@@ -33,10 +33,11 @@ def accuracy(measurements: Iterable[Measurement]) -> tuple[AccuracyRow, ...]:
     for measurement in measurements:
         for counter, ratio in measurement.ratios.items():
             ratios[measurement.program, counter].append(ratio)
-    return tuple(_row(*key, ratios[key]) for key in sorted(ratios))
+    return tuple(accuracy_row(*key, ratios[key]) for key in sorted(ratios))
 
 
-def _row(program: str, counter: Counter, ratios: list[float]) -> AccuracyRow:
+def accuracy_row(program: str, counter: Counter, ratios: list[float]) -> AccuracyRow:
+    """Return what at least one ratio of a program by a counter comes to."""
     return AccuracyRow(
         program=program,
         counter=counter,

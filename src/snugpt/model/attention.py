@@ -152,13 +152,14 @@ def _expanded(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 class MathAttention(Function):
-    """Attention with dropout, written out. Keeps copies of q, k, v by head and (B*H, T, T) twice:
-    the weights in the compute dtype and one byte each for what was dropped."""
+    """Attention with dropout, written out. Keeps copies of q, k, v for every query head and
+    (B*H, T, T) twice: the weights in the compute dtype and one byte each for what was dropped."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         _, T, H, D = q.shape
-        q, k, v = (by_head(x) for x in (q, k, v))
+        ctx.kv_heads = k.shape[2]
+        q, k, v = (by_head(x, H) for x in (q, k, v))
         weights = torch.bmm(q, k.transpose(1, 2)).mul_(D**-0.5)  # (B*H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu_(1)
         weights.masked_fill_(future, -torch.inf)
@@ -174,9 +175,9 @@ class MathAttention(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, weights, dropped = ctx.saved_tensors
-        grad = by_head(grad)
+        grad = by_head(grad, ctx.heads)
         kept = weights.masked_fill(dropped, 0).mul_(ctx.scale)
-        grad_v = by_token(torch.bmm(kept.transpose(1, 2), grad), ctx.heads)
+        grad_v = by_token(torch.bmm(kept.transpose(1, 2), grad), ctx.heads, ctx.kv_heads)
         # softmax backward: ds = w * (dw - sum(dw * w)), the scale of q @ k folded in
         slope = torch.bmm(grad, v.transpose(1, 2), out=kept)
         slope.masked_fill_(dropped, 0).mul_(ctx.scale)
@@ -184,16 +185,20 @@ class MathAttention(Function):
         slope.sub_(product.sum(-1, keepdim=True)).mul_(weights).mul_(q.shape[-1] ** -0.5)
         del product
         grad_q = by_token(torch.bmm(slope, k), ctx.heads)
-        grad_k = by_token(torch.bmm(slope.transpose(1, 2), q), ctx.heads)
+        grad_k = by_token(torch.bmm(slope.transpose(1, 2), q), ctx.heads, ctx.kv_heads)
         return grad_q, grad_k, grad_v, None
 
 
-def by_head(x: Tensor) -> Tensor:
-    """(B, T, H, D) -> (B*H, T, D), a copy."""
-    B, T, H, D = x.shape
-    return x.transpose(1, 2).reshape(B * H, T, D)
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, T, K, D) -> (B*H, T, D), a copy in which each of the K heads comes H / K times."""
+    B, T, K, D = x.shape
+    each = x.transpose(1, 2)[:, :, None].expand(B, K, heads // K, T, D)
+    return each.reshape(B * heads, T, D).contiguous()  # a lone sequence would stay a view
 
 
-def by_token(x: Tensor, heads: int) -> Tensor:
-    """(B*H, T, D) -> (B, T, H, D), a copy."""
-    return x.view(-1, heads, *x.shape[1:]).transpose(1, 2).contiguous()
+def by_token(x: Tensor, heads: int, kv_heads: int | None = None) -> Tensor:
+    """(B*H, T, D) -> (B, T, K, D), a copy; of the heads that share a kv head it is the sum."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < heads:
+        x = x.view(-1, kv_heads, heads // kv_heads, *x.shape[1:]).sum(2)
+    return x.view(-1, kv_heads, *x.shape[-2:]).transpose(1, 2).contiguous()

@@ -100,7 +100,8 @@ class Block(nn.Module):
             mask=inputs.masks.get(self.window), dropout=self.dropout,
         )  # fmt: skip
         del q, k, v
-        y = self.dropped(op.Linear.apply(y.view(B, T, -1), self.output))
+        y = op.Linear.apply(y.view(B, T, -1), self.output)
+        y = self.dropped(y)
         return op.ResidualAdd.apply(x, y)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ class Block(nn.Module):
         else:
             a = op.SwiGLU.apply(gate, a)
             del gate
-        a = self.dropped(op.Linear.apply(a, self.down))
+        a = op.Linear.apply(a, self.down)
+        a = self.dropped(a)
         return op.ResidualAdd.apply(x, a)
 
     def dropped(self, y: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ import msgspec
 
 from snugpt.errors import BadQuestionError, bad_value
 from snugpt.estimate.memory import runtime_of, timeline_of
-from snugpt.estimate.parameters import num_parameters, parameter_groups
 from snugpt.estimate.speed import speed_estimate
+from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line
 from snugpt.planner.draft import MOST_EPOCHS, Draft, draft
 from snugpt.planner.explain import ladder, rejections, training_reasons
 from snugpt.planner.generating import largest_batch
-from snugpt.planner.horizon import CorpusSize, corpus_tokens
+from snugpt.planner.horizon import CorpusSize, automatic_batch_tokens, corpus_tokens
 from snugpt.planner.machine import CPU_ID, Machine, machine_for
+from snugpt.planner.programs import cautions, run_command, what_could_be_had_back
 from snugpt.planner.search import Choice, choose
 from snugpt.planner.subject import SHORTEST_CONTEXT
 from snugpt.spec.catalogue import catalogue
@@ -92,12 +93,13 @@ def answer(
     made = draft(asked, machine, corpus)
     choice = choose(made.found, made.asked, made.shape, machine)
     training = isinstance(choice.recipe, TrainingRecipe)
-    groups: dict[str, int] = {str(k): n for k, n in parameter_groups(made.shape).items()}
+    stack = find_stack(asked.stack)
+    groups: dict[str, int] = {str(k): n for k, n in stack.parameter_groups(made.shape).items()}
     return Plan(
         fits=choice.memory.fits,
         question=_kept(made),
-        stack=question.stack,
-        command=command_line(asked),
+        stack=stack.name,
+        command=_command(made, choice),
         gpu=machine.gpu,
         shape=made.shape,
         parameters=Parameters(total=sum(groups.values()), groups=groups),
@@ -115,9 +117,20 @@ def answer(
 
 
 def _named(question: Question, machine: Machine) -> Question:
-    """The question with its card's id, so that its command says the same on any machine."""
+    """The question with its card's id and its stack's version, so that its command says the same
+    on any machine and any day."""
+    named = msgspec.structs.replace(question, stack=find_stack(question.stack).name)
     known = machine.gpu.id == CPU_ID or machine.gpu.id in catalogue()
-    return msgspec.structs.replace(question, gpu=machine.gpu.id) if known else question
+    return msgspec.structs.replace(named, gpu=machine.gpu.id) if known else named
+
+
+def _command(made: Draft, choice: Choice) -> str:
+    """What runs it: our own command, or that of another stack's program."""
+    recipe = choice.recipe
+    if find_stack(made.asked.stack).version is None or isinstance(recipe, GenerationRecipe):
+        return command_line(made.asked)
+    automatic = automatic_batch_tokens(made.asked, made.shape)
+    return run_command(made.asked, made.shape, recipe, automatic)
 
 
 def _kept(made: Draft) -> Question:
@@ -168,15 +181,20 @@ def _host(made: Draft, choice: Choice) -> HostEstimate:
     runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
     resident = timeline_of(made.shape, recipe, runtime).resident
     state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
-    checkpoint_bytes = 4 * num_parameters(made.shape) + state
+    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * 4
+    ranks = 1
+    if isinstance(recipe, TrainingRecipe) and recipe.stack != "snugpt":
+        ranks = recipe.world_size  # each writes its share of the state
+        weights = sum(b.fixed_bytes for b in resident if b.name.startswith("weights: "))
+    checkpoint_bytes = weights + ranks * state
     disk = checkpoint_bytes
     if isinstance(recipe, TrainingRecipe):
-        disk *= KEPT_CHECKPOINTS
+        disk *= KEPT_CHECKPOINTS if recipe.stack == "snugpt" else 1  # nanochat keeps its last
         if made.corpus is not None:
             width = 2 if made.shape.vocab_size <= 1 << 16 else 4
             disk += width * corpus_tokens(made.question, made.corpus)
     on_cpu = machine.gpu.backend == "cpu"
-    ram = choice.memory.process_bytes.high if on_cpu else GPU_HOST_BYTES
+    ram = choice.memory.process_bytes.high if on_cpu else ranks * GPU_HOST_BYTES
     return HostEstimate(ram_bytes=ram, disk_bytes=disk, checkpoint_bytes=checkpoint_bytes)
 
 
@@ -225,9 +243,32 @@ def _alternative(change: str, other: Draft, choice: Choice) -> Alternative:
     )
 
 
+def _smaller_batch(made: Draft, choice: Choice) -> list[str]:
+    """What the next smaller batch on a card would give back."""
+    recipe = choice.recipe
+    assert isinstance(recipe, TrainingRecipe)
+    for each in made.found:
+        other = each.recipe
+        assert isinstance(other, TrainingRecipe)
+        if other.device_batch_size < recipe.device_batch_size:
+            bytes_ = [candidate.process_bytes for candidate in made.found
+                      if candidate.recipe == recipe]  # fmt: skip
+            saved, slower = bytes_[0] - each.process_bytes, each.step_s / choice.step_s
+            return [
+                f"device_batch_size {other.device_batch_size} would save {gib(saved)} for"
+                f" {slower:.2f} x the time"
+            ]
+    return []
+
+
 def _notes(made: Draft, choice: Choice) -> tuple[str, ...]:
     machine, gpu = made.machine, made.machine.gpu
-    notes = []
+    notes: list[str] = []
+    if find_stack(made.asked.stack).version is not None:
+        assert isinstance(choice.recipe, TrainingRecipe)
+        notes += what_could_be_had_back(choice.recipe, choice.memory, made.asked)
+        notes += _smaller_batch(made, choice)
+        notes += cautions(made.asked, made.shape, gpu)
     if gpu.pytorch and not gpu.pytorch.startswith(DEFAULT_WHEELS):
         notes.append(f"PyTorch for {gpu.name}: {gpu.pytorch}")
     if gpu.backend == "mps":

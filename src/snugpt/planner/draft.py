@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from snugpt.errors import BadQuestionError
+from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line
 from snugpt.planner.generating import generation_candidate
 from snugpt.planner.horizon import (
@@ -27,6 +28,7 @@ from snugpt.planner.horizon import (
     total_tokens,
 )
 from snugpt.planner.machine import Machine
+from snugpt.planner.programs import refuse_cards_without_bf16, refuse_uneven_shards
 from snugpt.planner.search import Candidate, best_of, candidates
 from snugpt.planner.subject import dial_of, settled, shape_of, trained_shape
 from snugpt.spec.question import Question
@@ -118,7 +120,9 @@ def _training_draft(
     depth = dial_of(question)
     assert depth is not None
     refuse_uneven_batch(asked)
+    refuse_cards_without_bf16(asked, machine.gpu)
     shape = shape_of(question, depth, corpus.num_bytes if corpus else None)
+    refuse_uneven_shards(asked, shape)
 
     def at(most: int | None, amount: Callable[[int], Amount]) -> Draft:
         batch = batch_tokens(question, shape, most)
@@ -133,7 +137,8 @@ def _training_draft(
         return first
     speed = first.batch.tokens / first.best.step_s
     given = tokens_in(hours, speed, first.batch.tokens)
-    if asked.batch_size is None and given.tokens < FEWEST_STEPS * first.batch.tokens:
+    shrinks = asked.batch_size is None and find_stack(asked.stack).version is None
+    if shrinks and given.tokens < FEWEST_STEPS * first.batch.tokens:
         most = min(given.tokens, most or given.tokens)
         first = at(most, lambda batch: given)
         speed = first.batch.tokens / first.best.step_s

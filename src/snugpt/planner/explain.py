@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
+from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.draft import Draft
 from snugpt.planner.search import TIE_SHARE, Candidate, Choice
 from snugpt.spec.plan import Rejection, Rung
@@ -33,7 +34,10 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
     goal += " that fits" if choice.memory.fits else " there is, and it does not fit"
     if not choice.memory.fits:
         goal = goal.replace("fastest", "smallest")
-    for field in ("device_batch_size", "checkpoint"):
+    chosen = ["device_batch_size"]
+    if len(find_stack(asked.stack).levers["checkpoint"]) > 1:
+        chosen.append("checkpoint")
+    for field in chosen:
         if getattr(asked, field) is None:
             reasons[field] = goal
     if asked.loss_chunk_tokens is None and recipe.loss == "chunked":

@@ -63,7 +63,7 @@ def generation_candidate(question: Question, shape: ModelShape, machine: Machine
     """Return the one recipe of a generation with its bytes and the seconds per token."""
     recipe = generation_recipe(question, shape, machine)
     runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
-    process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime)
+    process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime, recipe)
     step_s = speed_estimate(shape, recipe, machine.gpu).step_s
     return Candidate(recipe, process_bytes, step_s)
 
@@ -74,8 +74,8 @@ def largest_batch(
     """Return how many sequences fit at once: a division, checked by the whole estimate."""
     runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
     capacity = machine.capacity_bytes - question.reserve
-    fixed = highest_process_bytes(0, runtime)
-    factor = (highest_process_bytes(1 << 40, runtime) - fixed) / (1 << 40)
+    fixed = highest_process_bytes(0, runtime, recipe)
+    factor = (highest_process_bytes(1 << 40, runtime, recipe) - fixed) / (1 << 40)
     lines = timeline_of(shape, recipe, runtime).envelope
     room = (capacity - fixed) / factor
     batch = min(

@@ -17,8 +17,10 @@ import msgspec
 
 from snugpt.errors import BadQuestionError, bad_value
 from snugpt.estimate.parameters import scaling_parameters
+from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line
-from snugpt.planner.subject import seq_len_of
+from snugpt.planner.programs import num_gpus_of
+from snugpt.planner.subject import seq_len_of, shape_of
 from snugpt.spec.question import RANGES, Question
 from snugpt.spec.shape import ModelShape, Style, shape_for
 from snugpt.units import count
@@ -58,10 +60,17 @@ def corpus_tokens(question: Question, corpus: CorpusSize) -> int:
 def target_tokens(question: Question, shape: ModelShape) -> Amount:
     """Return the tokens a shape should see by its ratio, whatever else is pinned."""
     ratio, pinned = question.tokens_per_param, question.tokens_per_param is not None
-    if ratio is None:
-        ratio = TOKENS_PER_PARAM[shape.style]
-    parameters = scaling_parameters(shape)
-    rule = f"{ratio:g} x {count(parameters)} {SCALING_PARAMETERS[shape.style]}"
+    stack = find_stack(question.stack)
+    if stack.version is None:
+        default = TOKENS_PER_PARAM[shape.style]
+        parameters, kind = scaling_parameters(shape), SCALING_PARAMETERS[shape.style]
+    else:
+        groups = stack.parameter_groups(shape)
+        default, kind = stack.version.ratio, stack.version.ratio_of
+        scaling = groups["matrices"] + groups["head"]
+        parameters = sum(groups.values()) if kind == "all parameters" else scaling
+    ratio = default if ratio is None else ratio
+    rule = f"{ratio:g} x {count(parameters)} {kind}"
     return Amount(max(1, round(ratio * parameters)), rule + (" (pinned ratio)" if pinned else ""))
 
 
@@ -77,6 +86,11 @@ def total_tokens(question: Question, shape: ModelShape, batch_tokens: int) -> Am
         amount = Amount(question.num_iterations * batch_tokens, "pinned number of steps")
     else:
         amount = target_tokens(question, shape)
+        if (
+            find_stack(question.stack).version is not None
+        ):  # nanochat takes whole steps, rounded down
+            whole = max(1, amount.tokens // batch_tokens) * batch_tokens
+            amount = Amount(whole, amount.rule)
     highest = RANGES["total_tokens"][1]
     if amount.tokens > highest:
         raise bad_value("total_tokens", amount.tokens, f"at most {highest:g}")
@@ -98,6 +112,8 @@ def most_tokens(asked: Question, question: Question, corpus: CorpusSize | None) 
     """
     if asked.batch_size is not None or asked.num_iterations is not None:
         return None
+    if find_stack(asked.stack).version is not None:  # its batch is its own rule's
+        return None
     bounds = [asked.total_tokens] if asked.total_tokens is not None else []
     if corpus is not None:
         bounds.append(corpus_tokens(question, corpus))
@@ -114,6 +130,7 @@ def batch_tokens(question: Question, shape: ModelShape, most: int | None = None)
     """
     seq_len = seq_len_of(question)
     unit = seq_len * (question.device_batch_size or 1) * (question.grad_accum_steps or 1)
+    unit *= num_gpus_of(question)
     if question.total_batch_tokens is not None:
         return _pinned_batch(question, question.total_batch_tokens, unit)
     if question.device_batch_size and question.grad_accum_steps:
@@ -136,11 +153,11 @@ def refuse_uneven_batch(asked: Question) -> None:
         BadQuestionError: with the nearest batch_size that does.
     """
     batch, device, steps = asked.batch_size, asked.device_batch_size, asked.grad_accum_steps
-    unit = (device or 1) * (steps or 1)
+    unit = (device or 1) * (steps or 1) * num_gpus_of(asked)
     if batch is None or (batch == unit if device and steps else batch % unit == 0):
         return
     nearest = unit if device and steps else max(unit, batch // unit * unit)
-    parts = {"device_batch_size": device, "grad_accum_steps": steps}
+    parts = {"device_batch_size": device, "grad_accum_steps": steps, "num_gpus": asked.num_gpus}
     product = " x ".join(f"{name} {value}" for name, value in parts.items() if value)
     raise BadQuestionError(
         f"batch_size = {batch} does not divide by {product}; nearest: {nearest}",
@@ -150,13 +167,31 @@ def refuse_uneven_batch(asked: Question) -> None:
 
 def _dial_rule(question: Question, shape: ModelShape) -> Amount:
     """nanochat's batch for a number of tokens, against depth 12 of the same vocabulary."""
-    twelve = shape_for(shape.style, REFERENCE_DEPTH, vocab_size=shape.vocab_size)
-    tokens = target_tokens(question, shape).tokens
-    share = tokens / target_tokens(question, twelve).tokens
-    exponent = round(math.log2(REFERENCE_BATCH_TOKENS * share**BATCH_EXPONENT))
+    version = find_stack(question.stack).version
+    if version is not None and version.total_batch_tokens is not None:
+        rule, tokens = f"default of {version.name}", version.total_batch_tokens
+    else:
+        seen = target_tokens(question, shape).tokens
+        rule, tokens = f"nanochat's rule for {count(seen)} tokens", _rule_tokens(question, shape)
     seq_len = seq_len_of(question)
-    rows = _sequences(2**exponent // seq_len)
-    return Amount(rows * seq_len, f"nanochat's rule for {count(tokens)} tokens")
+    return Amount(_sequences(tokens // seq_len) * seq_len, rule)
+
+
+def automatic_batch_tokens(question: Question, shape: ModelShape) -> int:
+    """Return what a version of nanochat takes for its total batch if nobody says."""
+    version = find_stack(question.stack).version
+    assert version is not None
+    return version.total_batch_tokens or _rule_tokens(question, shape)
+
+
+def _rule_tokens(question: Question, shape: ModelShape) -> int:
+    if find_stack(question.stack).version is None:
+        twelve = shape_for(shape.style, REFERENCE_DEPTH, vocab_size=shape.vocab_size)
+    else:
+        twelve = shape_of(question, REFERENCE_DEPTH, None)
+    share = target_tokens(question, shape).tokens / target_tokens(question, twelve).tokens
+    exponent = round(math.log2(REFERENCE_BATCH_TOKENS * share**BATCH_EXPONENT))
+    return 1 << exponent
 
 
 def _sequences(number: int) -> int:
@@ -180,7 +215,8 @@ def _pinned_batch(question: Question, tokens: int, unit: int) -> Amount:
     if not wrong:
         return Amount(tokens, "pinned")
     parts = {"seq_len": seq_len_of(question), "device_batch_size": question.device_batch_size,
-             "grad_accum_steps": question.grad_accum_steps}  # fmt: skip
+             "grad_accum_steps": question.grad_accum_steps,
+             "num_gpus": question.num_gpus}  # fmt: skip
     product = " x ".join(f"{name} {value}" for name, value in parts.items() if value)
     raise BadQuestionError(
         f"total_batch_tokens = {tokens} does not divide by {product};"

@@ -75,7 +75,8 @@ def _least_bytes(stuck: Draft, question: Question) -> int:
     if depth is None:
         return 0
     shape = shape_of(definite, depth, stuck.corpus.num_bytes if stuck.corpus else None)
-    each = TRAINED_PARAMETER_BYTES if question.task == "train" else 2
+    alone = question.task == "train" and question.stack == "snugpt"
+    each = TRAINED_PARAMETER_BYTES if alone else 2  # nanochat's embeddings are bf16, state shared
     return each * num_parameters(shape)
 
 
@@ -162,7 +163,10 @@ def _shallower(stuck: Draft) -> Iterator[Step]:
 def _plain_dial(stuck: Draft) -> Iterator[Step]:
     """The dial with nothing pinned but the machine and the text."""
     asked = stuck.asked
-    plain = Question(task=asked.task, gpu=asked.gpu, reserve=asked.reserve, input=asked.input)
+    plain = Question(
+        task=asked.task, stack=asked.stack, gpu=asked.gpu, num_gpus=asked.num_gpus,
+        launcher=asked.launcher, reserve=asked.reserve, input=asked.input,
+    )  # fmt: skip
 
     def at(depth: int) -> Draft | None:
         return _try(stuck, _changed(plain, depth=depth))

@@ -7,7 +7,7 @@ simulated and printed. Should the simulation disagree, the next best is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -19,9 +19,11 @@ from snugpt.estimate.memory import (
     runtime_of,
 )
 from snugpt.estimate.speed import step_time_s, training_rate
+from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line
 from snugpt.planner.horizon import Amount
 from snugpt.planner.machine import Machine
+from snugpt.planner.programs import launcher_of, num_gpus_of
 from snugpt.planner.schedule import schedule_for
 from snugpt.planner.subject import seq_len_of
 from snugpt.spec.memory import MemoryEstimate
@@ -90,14 +92,14 @@ def candidates(
     """Return every allowed set of levers of a settled question, the largest batch first."""
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
     measured = machine.measured_flops_per_s
-    rate = training_rate(machine.gpu, base.compute_dtype, measured).flops_per_s.expected
+    rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
     found = []
     for checkpoint, device_batch, steps in _lever_sets(question, base):
         recipe = msgspec.structs.replace(
             base, checkpoint=checkpoint, device_batch_size=device_batch, grad_accum_steps=steps
         )
         runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
-        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime)
+        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime, recipe)
         step_s = step_time_s(shape, recipe, machine.gpu, rate)
         found.append(Candidate(recipe, process_bytes, step_s))
     return tuple(found)
@@ -161,7 +163,7 @@ def divisors(number: int) -> list[int]:
 
 def _lever_sets(question: Question, base: TrainingRecipe) -> Iterator[tuple[Checkpoint, int, int]]:
     """Yield (checkpoint, device batch, accumulation); what is pinned has one value."""
-    rows = base.total_batch_tokens // base.seq_len
+    rows = base.total_batch_tokens // base.seq_len // base.world_size
     if question.device_batch_size is not None:
         batches = [question.device_batch_size]
     elif question.grad_accum_steps is not None:
@@ -169,10 +171,10 @@ def _lever_sets(question: Question, base: TrainingRecipe) -> Iterator[tuple[Chec
     else:
         batches = divisors(rows)
     pinned = question.checkpoint
-    every: tuple[Checkpoint, ...] = get_args(Checkpoint) if pinned is None else (pinned,)
+    every = find_stack(question.stack).levers["checkpoint"] if pinned is None else (pinned,)
     for checkpoint in every:
         for batch in batches:
-            yield checkpoint, batch, rows // batch
+            yield cast(Checkpoint, checkpoint), batch, rows // batch
 
 
 def _base_recipe(
@@ -180,6 +182,8 @@ def _base_recipe(
 ) -> TrainingRecipe:
     """The recipe with every field that is not searched; its batch is one sequence."""
     seq_len = seq_len_of(question)
+    if find_stack(question.stack).version is not None:
+        return _nanochat_recipe(question, machine, seq_len, batch, tokens)
     optimizer = question.optimizer or "muon"
     schedule = schedule_for(
         question, shape, optimizer,
@@ -197,4 +201,30 @@ def _base_recipe(
         checkpoint="none",
         optimizer=optimizer,
         schedule=schedule,
+    )
+
+
+def _nanochat_recipe(
+    question: Question, machine: Machine, seq_len: int, batch: int, tokens: int
+) -> TrainingRecipe:
+    """What nanochat does of itself: it always compiles, and never chunks or recomputes."""
+    world_size = num_gpus_of(question)
+    return TrainingRecipe(
+        seq_len=seq_len,
+        device_batch_size=1,
+        grad_accum_steps=batch // seq_len // world_size,
+        world_size=world_size,
+        total_batch_tokens=batch,
+        total_tokens=tokens,
+        compute_dtype=compute_dtype(question, machine),
+        loss="plain",
+        loss_chunk_tokens=seq_len,
+        checkpoint="none",
+        optimizer="muon",
+        fp8="on" if question.fp8 else "off",
+        compile="on",
+        sharding="optimizer" if world_size > 1 else "none",
+        stack=find_stack(question.stack).name,
+        launcher=launcher_of(question),
+        schedule=None,
     )

@@ -10,7 +10,10 @@ from pathlib import Path
 import msgspec
 
 from snugpt.errors import BadQuestionError, bad_value, unknown_name
+from snugpt.estimate.stacks.catalogue import find_stack
+from snugpt.estimate.stacks.nanochat.parameters import shape_of as nanochat_shape
 from snugpt.planner.command import command_line
+from snugpt.planner.programs import refuse_what_the_stack_lacks
 from snugpt.spec.plan import read_plan
 from snugpt.spec.question import (
     GENERATION_ONLY,
@@ -42,6 +45,7 @@ def settled(question: Question) -> Question:
         BadQuestionError: there is no such preset, or two fields contradict each other.
     """
     said = said_fields(question)
+    refuse_what_the_stack_lacks(question, said)
     _refuse_contradictions(question, said)
     if question.preset is not None:
         from snugpt.spec.presets import preset_fields  # spares the import where there is none
@@ -92,6 +96,12 @@ def shape_of(question: Question, depth: int, corpus_bytes: int | None) -> ModelS
     Raises:
         BadQuestionError: a field is out of range or the heads do not divide the width.
     """
+    version = find_stack(question.stack).version
+    if version is not None:
+        return nanochat_shape(
+            version, depth, seq_len=seq_len_of(question), vocab_size=question.vocab_size,
+            window_pattern=question.window_pattern,
+        )  # fmt: skip
     style = style_of(question)
     layers, width = question.layers or depth, question.width
     if width is None and layers != depth:  # the dial sets the width, the pin the layers

@@ -19,6 +19,7 @@ import msgspec
 
 from snugpt.data.durable_file import write_durably
 from snugpt.errors import BadQuestionError, FailedError, bad_value
+from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.spec.plan import Plan, encode_plan, read_plan
 from snugpt.spec.recipe import TrainingRecipe
 
@@ -170,4 +171,19 @@ def training_recipe(plan: Plan) -> TrainingRecipe:
         raise BadQuestionError(
             "the plan is for generating, not training", hint="snugpt plan --task train --json"
         )
+    if plan.recipe.stack != "snugpt":
+        raise BadQuestionError(
+            f"stack = {plan.recipe.stack!r} runs its own program, snugpt trains its own plans only",
+            hint=plan.command,
+        )
+    allowed: dict[str, tuple[object, ...]] = {**SNUGPT.levers, "world_size": (1,)}
+    for field, values in allowed.items():
+        value = getattr(plan.recipe, field)
+        if value not in values:
+            raise bad_value(
+                field, value, f"snugpt trains with {' and '.join(map(str, values))} only",
+                hint="snugpt plan --help",
+            )  # fmt: skip
+    if plan.recipe.schedule is None:
+        raise bad_value("schedule", None, "a plan of snugpt has one", hint="snugpt plan --help")
     return plan.recipe

@@ -9,7 +9,10 @@ from typing import Literal
 
 import msgspec
 
-Phase = Literal["forward", "loss", "backward", "clip", "optimizer", "evaluate", "prefill", "decode"]
+# "recorded" and "unknown" stand in what a memory snapshot does not say; no prediction has them.
+Phase = Literal[
+    "forward", "loss", "backward", "clip", "optimizer", "evaluate", "prefill", "decode", "recorded"
+]  # fmt: skip
 Category = Literal[
     "weights",
     "gradients",
@@ -21,6 +24,7 @@ Category = Literal[
     "workspace",
     "batch",
     "slack",
+    "unknown",
 ]
 Basis = Literal["exact", "derived", "fitted", "assumed"]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from snugpt.errors import bad_value
-from snugpt.spec.recipe import Checkpoint, ComputeDtype, Loss, Optimizer
+from snugpt.spec.recipe import Checkpoint, ComputeDtype, Launcher, Loss, Optimizer
 from snugpt.spec.shape import Style
 
 Objective = Literal["speed", "memory"]
@@ -19,8 +19,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One field per flag of `snugpt plan`; lengths and totals in tokens, `reserve` in bytes."""
 
     task: Literal["train", "generate"] = "train"
-    stack: Literal["snugpt"] = "snugpt"
+    stack: str = "snugpt"  # the program that will run it; nanochat is its newest version
     gpu: str | None = None  # None: this machine
+    num_gpus: int | None = None
+    launcher: Launcher | None = None
     style: Style | None = None
     depth: int | None = None
     preset: str | None = None
@@ -50,6 +52,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_chunk_tokens: int | None = None
     checkpoint: Checkpoint | None = None
     optimizer: Optimizer | None = None
+    fp8: bool | None = None
     objective: Objective = "speed"
     reserve: int = 0
     learning_rate: float | None = None
@@ -76,6 +79,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 RANGES: dict[str, tuple[float, float]] = {
+    "num_gpus": (1, 8),
     "depth": (1, 1024),
     "layers": (1, 1024),
     "width": (1, 65536),
@@ -117,6 +121,8 @@ ALIASES: dict[str, str] = {
     "max_iters": "num_iterations",
     "target_param_data_ratio": "tokens_per_param",
     "input_file": "input",
+    "nproc_per_node": "num_gpus",
+    "world_size": "num_gpus",
 }
 
 TRAINING_ONLY = frozenset(
@@ -125,7 +131,7 @@ TRAINING_ONLY = frozenset(
         *("num_iterations", "hours", "device_batch_size", "grad_accum_steps", "compute_dtype"),
         *("loss", "loss_chunk_tokens", "checkpoint", "optimizer", "learning_rate"),
         *("matrix_learning_rate", "weight_decay", "warmup_fraction", "cooldown_fraction"),
-        *("clip_norm", "seed", "eval_every", "save_every"),
+        *("clip_norm", "seed", "eval_every", "save_every", "num_gpus", "launcher", "fp8"),
     )
 )
 GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens", "weight_dtype"})

@@ -16,8 +16,12 @@ ComputeDtype = Literal["fp32", "bf16"]
 Optimizer = Literal["muon", "adamw"]
 Checkpoint = Literal["none", "blocks"]
 Loss = Literal["chunked", "plain"]
+Launcher = Literal["python", "torchrun"]
 Compile = Literal["off", "on"]
 
+_COUNTS = (
+    "seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens", "world_size",
+)  # fmt: skip
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -78,14 +82,16 @@ class TrainingRecipe(
     optimizer: Optimizer
     state_dtype: Literal["fp32"] = "fp32"
     weight_dtype: Literal["master"] = "master"
-    fp8: Literal["off"] = "off"
+    fp8: Literal["off", "on"] = "off"
     compile: Compile = "off"
-    sharding: Literal["none"] = "none"
+    sharding: Literal["none", "optimizer"] = "none"
     offload: Literal["none"] = "none"
-    schedule: Schedule
+    stack: str = "snugpt"  # the program that takes the step, resolved to its version
+    launcher: Launcher = "python"
+    schedule: Schedule | None  # None: what the stack's program does by itself
 
     def __post_init__(self) -> None:
-        for field in ("seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens"):
+        for field in _COUNTS:
             if not 1 <= getattr(self, field) <= 1 << 40:
                 raise bad_value(field, getattr(self, field), "1 to 2**40")
         tokens = self.device_batch_size * self.seq_len * self.grad_accum_steps * self.world_size
@@ -95,6 +101,8 @@ class TrainingRecipe(
                 f" {self.seq_len} x {self.grad_accum_steps} x {self.world_size} = {tokens}",
                 hint=f"snugpt plan --total-batch-tokens {tokens}",
             )
+        if self.launcher == "python" and self.world_size > 1:
+            raise bad_value("launcher", self.launcher, "torchrun for several GPUs")
         if self.total_tokens < 1:
             raise bad_value("total_tokens", self.total_tokens, "at least 1")
 

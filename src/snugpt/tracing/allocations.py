@@ -103,6 +103,11 @@ class Allocations(TorchDispatchMode):
         return result
 
     @property
+    def phase(self) -> Phase:
+        """The phase that was marked last."""
+        return self._stretches[-1].phase
+
+    @property
     def _events(self) -> list[tuple[int, Block]]:
         return self._stretches[-1].events
 
@@ -113,10 +118,18 @@ class Allocations(TorchDispatchMode):
         found = self._alive.get(address)
         if found is not None:
             return found[1]
-        block = Block(storage.nbytes(), self._site(func), "activations")
+        site = self._site(func)
+        block = Block(storage.nbytes(), site, self.category_of(tensor, site))
         self._alive[address] = weakref.ref(storage, lambda _: self._freed(address)), block
         self._events.append((1, block))
         return block
+
+    def category_of(self, tensor: Tensor, site: str) -> Category:
+        """What a new storage is, as far as its making shows; for those who know more of the model.
+
+        `site` is the line that made it.
+        """
+        return "activations"
 
     def label(self, tensor: Tensor, category: Category, name: str) -> None:
         """Say what a tensor is; its storage carries the name from the beginning."""

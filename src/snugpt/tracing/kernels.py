@@ -71,7 +71,9 @@ def _fused_rms_norm_backward(grad, x, normalized_shape, rstd, weight, output_mas
 
 def scratch_of(runtime: Runtime):
     """Return the function that tells what an operation's kernel takes for itself, in bytes."""
-    rules = _cuda_rules() if runtime.device == "cuda" else _cpu_rules(runtime.num_threads)
+    cuda = runtime.device == "cuda"
+    rules = _cuda_rules(runtime.capability) if cuda else _cpu_rules(runtime.num_threads)
+    rules[aten.multinomial.default] = _multinomial
 
     def inside(func, args, result) -> tuple[int, ...]:
         rule = rules.get(func)
@@ -80,7 +82,11 @@ def scratch_of(runtime: Runtime):
     return inside
 
 
-def _cuda_rules():
+def _multinomial(probabilities: Tensor, *_) -> tuple[int, ...]:  # (B, V)
+    return (probabilities.shape[0] * scratch.multinomial(probabilities.shape[1]),)
+
+
+def _cuda_rules(capability: tuple[int, int] | None):
     def flash(grad, q, k, v, *_):  # (B, T, H, D), (B, S, K, D)
         B, T, H, D = q.shape
         sizes = scratch.flash_backward(T, H, k.shape[2], D, q.element_size())
@@ -88,7 +94,8 @@ def _cuda_rules():
 
     def efficient(grad, q, k, v, *_):  # (B, H, T, D)
         B, H, T, D = q.shape
-        return tuple(B * n for n in scratch.efficient_backward(T, H, D, q.element_size()))
+        sizes = scratch.efficient_backward(T, H, D, q.element_size(), capability)
+        return tuple(B * size for size in sizes)
 
     return {
         aten._flash_attention_backward.default: flash,

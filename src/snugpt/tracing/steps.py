@@ -5,9 +5,12 @@ The second step is kept: optimizer state comes into being at the end of the firs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 import snugpt.model
@@ -19,6 +22,7 @@ from snugpt.model.kv_cache import KVCache
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.sampling import Sampling, choose
 from snugpt.model.step import Batch, evaluate_batch, step
+from snugpt.spec.memory import Category
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -28,14 +32,43 @@ from snugpt.tracing.kernels import kernels_of, scratch_of
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
 
 
+class StepAllocations(Allocations):
+    """Allocations of our own code, told apart as the walk tells them."""
+
+    def __init__(self, shape: ModelShape, runtime: Runtime) -> None:
+        super().__init__(scratch_of(runtime), MODEL_FOLDER)
+        self._model_dim = shape.model_dim
+
+    def category_of(self, tensor: Tensor, site: str) -> Category:
+        """Logits and what is made of them by the file; scratch of the optimizer and of clipping."""
+        _, _, line = site.rpartition(" ")
+        file = line.partition(":")[0]
+        if file in ("loss.py", "sampling.py"):
+            rows_of_channels = tensor.dim() > 1 and tensor.shape[-1] == self._model_dim
+            return "activations" if rows_of_channels else "logits"
+        if file == "optimizers.py":
+            return "optimizer"
+        return "gradients" if self.phase == "clip" else "activations"
+
+
 def trace(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline:
     """Run one step of a recipe without memory; return its timeline, as `estimate` predicts it."""
     traced = trace_generation if isinstance(recipe, GenerationRecipe) else trace_training
     return traced(shape, recipe, runtime)  # type: ignore[arg-type]
 
 
-def trace_training(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Timeline:
-    """The second step and an evaluation batch after it."""
+def trace_training(
+    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime, most_micro_steps: int = 2
+) -> Timeline:
+    """The second step and an evaluation batch after it.
+
+    From the second micro-step on they are all alike: two stand for more.
+    """
+    if recipe.grad_accum_steps > most_micro_steps:
+        tokens = most_micro_steps * recipe.micro_batch_tokens
+        recipe = replace(
+            recipe, grad_accum_steps=most_micro_steps, world_size=1, total_batch_tokens=tokens
+        )
 
     def batch_of(_: int) -> Batch:
         size = recipe.device_batch_size, recipe.seq_len
@@ -44,7 +77,8 @@ def trace_training(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) 
         allocations.label(targets, "batch", "targets")
         return tokens, targets
 
-    with kernels_of(runtime), Allocations(scratch_of(runtime), MODEL_FOLDER) as allocations:
+    allocations = StepAllocations(shape, runtime)
+    with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
         model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
         model.recompute_blocks = recipe.checkpoint == "blocks"
         optimizers = optimizers_for(model, recipe)
@@ -66,7 +100,7 @@ def trace_generation(shape: ModelShape, recipe: GenerationRecipe, runtime: Runti
     def take(tokens: Tensor) -> Tensor:
         return choose(model.next_logits(tokens, cache), Sampling(), None)
 
-    with kernels_of(runtime), Allocations(scratch_of(runtime), MODEL_FOLDER) as allocations:
+    with kernels_of(runtime), StepAllocations(shape, runtime) as allocations:
         model = build_for_generation(shape, runtime, recipe.weight_dtype, "meta")
         dtype = DTYPES[recipe.kv_dtype]
         cache = KVCache(shape, recipe.batch, recipe.cache_len, dtype, "meta")
@@ -83,6 +117,31 @@ def trace_generation(shape: ModelShape, recipe: GenerationRecipe, runtime: Runti
         allocations.mark("decode")
         take(tokens)
     return allocations.timeline(runtime.block_bytes)
+
+
+@contextmanager
+def _random_states_seen(allocations: Allocations, runtime: Runtime) -> Iterator[None]:
+    """Record the CPU's random states, which a checkpoint keeps and puts aside: none is dispatched,
+    and on the meta device nothing is put aside. On CUDA they are in host memory and do not count.
+    """
+    if runtime.device != "cpu":
+        yield
+        return
+    plain_state, plain_fork = torch.get_rng_state, torch.random.fork_rng
+
+    def state_seen() -> Tensor:
+        state = plain_state()
+        allocations.label(state, "activations", "random states")
+        return state
+
+    def fork_as_cpu(devices=None, enabled=True, device_type=None):
+        return plain_fork(devices=devices, enabled=enabled, device_type="cpu")
+
+    torch.get_rng_state, torch.random.fork_rng = state_seen, fork_as_cpu
+    try:
+        yield
+    finally:
+        torch.get_rng_state, torch.random.fork_rng = plain_state, plain_fork
 
 
 def _label_weights(allocations: Allocations, model: GPT) -> None:

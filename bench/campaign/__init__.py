@@ -1,0 +1,1 @@
+"""The parts of `bench/gpu_memory.py`; what a child runs imports torch, the rest does not."""

@@ -1,0 +1,123 @@
+"""`snugpt trace`: the code that would run, run without a GPU, beside what was predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from snugpt.cli.options import QuestionCommand, question_from, question_options
+from snugpt.cli.output_files import PICTURE_SUFFIX, check_output, write_output
+from snugpt.cli.plan import planned
+from snugpt.cli.screen import colour
+from snugpt.errors import BadQuestionError, FailedError
+from snugpt.spec.plan import Plan, read_plan
+
+
+@click.command(cls=QuestionCommand)
+@click.argument("target", required=False)
+@click.option(
+    "--snapshot", type=click.Path(path_type=Path), metavar="FILE",
+    help="Read what torch.cuda.memory._dump_snapshot wrote, and replay it.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.svg",
+    help="Draw the step there, predicted and traced one over the other.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The comparison as one JSON object.")
+@question_options()
+def trace(
+    target: str | None, snapshot: Path | None, plot: Path | None, as_json: bool, **flags: Any
+) -> None:
+    """Run one step's real code without a GPU and set its memory beside the prediction.
+
+    TARGET is a plan.json; without one the flags are planned first. Exit code 1: they differ.
+
+    \b
+    Examples:
+      snugpt trace --gpu rtx-4090 --depth 12
+      snugpt trace plan.json --plot step.svg
+      snugpt trace --snapshot snapshot.pickle
+    """
+    given = {field: value for field, value in flags.items() if value is not None}
+    if plot is not None:
+        hint = "snugpt trace --depth 12 --plot step.svg"
+        check_output("plot", plot, hint=hint, suffix=PICTURE_SUFFIX)
+    if snapshot is not None:
+        _only("snapshot", target, given)
+        _trace_snapshot(snapshot, plot, as_json=as_json)
+        return
+    if target is not None and given:
+        raise BadQuestionError(
+            f"{next(iter(given))} can't be changed in a plan that is made",
+            hint="snugpt plan --help",
+        )
+    plan = planned(question_from(flags), 0) if target is None else read_plan(Path(target))
+    _trace_plan(plan, plot, as_json=as_json)
+
+
+def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
+    if plan.stack != "snugpt":
+        raise BadQuestionError(
+            f"stack = {plan.stack!r} is not traced: its code is not ours",
+            hint="snugpt trace --stack snugpt --depth 12",
+        )
+    from snugpt.cli import trace_screen
+    from snugpt.estimate.comparison import compare
+    from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
+    from snugpt.planner.machine import default_num_threads
+    from snugpt.planner.picturing import picture_of
+    from snugpt.tracing.steps import trace as trace_recipe
+
+    runtime = runtime_of(plan.shape, plan.recipe, plan.gpu, default_num_threads())
+    traced = trace_recipe(plan.shape, plan.recipe, runtime)
+    predicted = timeline_of(plan.shape, plan.recipe, runtime)
+    found = compare(predicted, batch_of(plan.recipe), traced)
+    if as_json:
+        _print_json(trace_screen.as_json(plan, found))
+    else:
+        for line in trace_screen.screen(plan, found):
+            click.echo(line, color=colour())
+    if plot is not None:
+        write_output(plot, picture_of(plan, traced).encode())
+    if not trace_screen.agrees(found):
+        raise FailedError(
+            f"predicted {found.peak.predicted:,} and traced {found.peak.measured:,} bytes differ:"
+            " a bug in snugpt",
+            hint="snugpt trace ... --json, and report it",
+        )
+
+
+def _trace_snapshot(path: Path, plot: Path | None, *, as_json: bool) -> None:
+    from snugpt.cli.snapshot_screen import screen
+    from snugpt.estimate.picture import draw
+    from snugpt.estimate.recorded import timeline_of_snapshot
+    from snugpt.estimate.replay import replay
+    from snugpt.estimate.snapshot import read_snapshot
+
+    snapshot = read_snapshot(path)
+    replayed = replay(snapshot)
+    if as_json:
+        _print_json(msgspec.to_builtins(replayed))
+    else:
+        click.echo(screen(replayed, snapshot), color=colour())
+    if plot is not None:
+        timeline = timeline_of_snapshot(snapshot)
+        picture = draw(timeline, 1, title=f"Snapshot {path.name}", source="recorded")
+        write_output(plot, picture.encode())
+
+
+def _only(option: str, target: str | None, given: dict[str, Any]) -> None:
+    """Refuse what has no meaning beside `option`."""
+    other = target if target is not None else next(iter(given), None)
+    if other is not None:
+        raise BadQuestionError(
+            f"--{option} is read on its own, {other!r} can't be said with it",
+            hint=f"snugpt trace --{option} FILE",
+        )
+
+
+def _print_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

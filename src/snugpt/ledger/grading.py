@@ -1,0 +1,263 @@
+"""Grades: what this version predicts, against every record that can be asked about.
+
+Published rows and our own records are predicted anew, so the grade is that of the code at hand.
+Out-of-memory rows enter no ratio; they and the runs that fitted grade the verdict.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from snugpt.errors import BadQuestionError, FailedError
+from snugpt.estimate.memory import memory_estimate
+from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.ledger.accuracy import AccuracyRow, accuracy_row
+from snugpt.ledger.bounds import upper_bound
+from snugpt.ledger.predicting import Prediction, Refusal, prediction_of
+from snugpt.spec.catalogue import find_gpu
+from snugpt.spec.measurement import Counter, Measurement, measurement_from_json
+from snugpt.spec.memory import MemoryEstimate
+from snugpt.spec.published import PublishedModel, PublishedRow, PublishedRun, published_lines
+from snugpt.units import MIB
+
+PUBLISHED, RUNS = "published.jsonl", "published-runs.jsonl"
+OWN_FOLDER = "gpu"
+
+
+class Graded(msgspec.Struct, frozen=True, kw_only=True):
+    """One record beside what is predicted of it; None where either side has no figure."""
+
+    id: str
+    program: str
+    evidence: str
+    source: str
+    gpu: str
+    setup: str  # shape, batch, cards: rows that share it are one trial of a verdict
+    counter: Counter
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    said_fits: bool | None = None
+    did_fit: bool | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted ÷ measured."""
+        if self.predicted_bytes is None or not self.measured_bytes:
+            return None
+        return self.predicted_bytes / self.measured_bytes
+
+
+class Verdicts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often the answer to "does it fit" was wrong, with one-sided 95 % upper bounds.
+
+    `false_fits` of the `num_oom` setups that went out of memory were said to fit, `false_refusals`
+    of the `num_fit` that ran were said not to. Runs of one setup count once. A bound is None where
+    there was none.
+    """
+
+    num_oom: int
+    false_fits: int
+    false_fits_below: float | None
+    num_fit: int
+    false_refusals: int
+    false_refusals_below: float | None
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows that nothing is said of."""
+
+    reason: str
+    n: int
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """The ratios of one program by one counter and kind of evidence."""
+
+    evidence: str
+    row: AccuracyRow
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All grades: ratios by program, evidence and counter; verdicts; what is refused; each row."""
+
+    num_published: int
+    num_own: int
+    groups: tuple[Group, ...]
+    verdicts: Verdicts
+    refused: tuple[Refused, ...]
+    graded: tuple[Graded, ...]
+
+
+def grade(folder: Path) -> Report:
+    """Grade every record of a folder laid out as `records/`.
+
+    Raises:
+        BadQuestionError: the folder has no published rows.
+        FailedError: a file can't be read, or a line is not what it should be.
+    """
+    rows = published_lines(_content(folder / PUBLISHED), PublishedRow, PUBLISHED)
+    runs = {r.id: r for r in published_lines(_content(folder / RUNS), PublishedRun, RUNS)}
+    unknown = runs.keys() - {row.id for row in rows}
+    if unknown:
+        raise FailedError(f"{RUNS} has no row {sorted(unknown)[0]!r} in {PUBLISHED}")
+    found: list[Graded] = []
+    refused: Tally[str] = Tally()
+    for row in rows:
+        said = prediction_of(row, runs.get(row.id))
+        if isinstance(said, Refusal):
+            refused[said.reason] += 1
+        else:
+            found.append(_graded(row, said))
+    own = _own_lines(folder)
+    for line, measured in own:
+        grades = _own(line, measured)
+        refused["card not in the catalogue"] += not grades
+        found += grades
+    return Report(
+        num_published=len(rows),
+        num_own=len(own),
+        groups=_groups(found),
+        verdicts=_verdicts(found),
+        refused=tuple(Refused(reason=r, n=n) for r, n in _by_number(+refused)),
+        graded=tuple(found),
+    )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadQuestionError(
+            f"{path} is not there: the records of snugpt come with its source",
+            hint="snugpt records accuracy --records PATH/TO/snugpt/records",
+        ) from None
+    except OSError as error:
+        raise FailedError(
+            f"could not read {path}: {error.strerror or error}", hint=f"ls -l {path}"
+        ) from error
+
+
+def _graded(row: PublishedRow, said: Prediction) -> Graded:
+    measured = row.measured
+    allocated = None if measured.outcome == "oom" else measured.allocated_mib
+    did_fit = None if measured.outcome is None else measured.outcome == "fits"
+    sure = row.confidence == "exact"
+    return Graded(
+        id=row.id,
+        program=said.stack,
+        evidence=said.evidence if sure else f"{said.evidence}, {row.confidence}",
+        source=row.source,
+        gpu=row.gpu or "",
+        setup=_setup(row.model, row.seq_len, row.device_batch_size, row.num_gpus),
+        counter="allocated",
+        predicted_bytes=said.allocated_bytes,
+        measured_bytes=None if allocated is None else round(allocated * MIB),
+        said_fits=said.fits,
+        did_fit=did_fit,
+    )
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """A record of the campaign, as far as it is graded; toys on the CPU are not."""
+
+    name: str
+    kind: str
+    held_out: bool = False
+    toy: bool = False
+    measurement: msgspec.Raw = msgspec.Raw()
+
+
+def _own_lines(folder: Path) -> list[tuple[_Line, Measurement]]:
+    """The newest record of each configuration in every file; what failed is not one."""
+    found: dict[tuple[str, str], tuple[_Line, Measurement]] = {}
+    for path in sorted((folder / OWN_FOLDER).glob("*.jsonl")):
+        for number, text in enumerate(_content(path).splitlines(), start=1):
+            try:
+                line = msgspec.json.decode(text, type=_Line)
+            except msgspec.MsgspecError as error:
+                raise FailedError(f"{path.name} line {number}: {error}") from error
+            if bytes(line.measurement) and not line.toy:
+                measurement = measurement_from_json(bytes(line.measurement))
+                if measurement.outcome != "failed":
+                    found[path.name, line.name] = line, measurement
+    return list(found.values())
+
+
+def _own(line: _Line, measured: Measurement) -> list[Graded]:
+    """Each counter of a record of ours; the card's verdict goes with the first."""
+    said = _predicted_now(measured)
+    if said is None:
+        return []
+    predicted: dict[Counter, int] = {
+        "allocated": said.allocated_bytes,
+        "reserved": said.reserved_bytes.expected,
+        "process": said.process_bytes.expected,
+    }
+    did_fit = measured.outcome == "fit"
+    return [
+        Graded(
+            id=line.name,
+            program=stack_of(measured.recipe).name if measured.recipe else "snugpt",
+            evidence="our own, held out" if line.held_out else "our own",
+            source=measured.id,
+            gpu=measured.gpu_name,
+            setup=line.name,
+            counter=counter,
+            predicted_bytes=size,
+            measured_bytes=measured.measured_bytes(counter) if did_fit else None,
+            said_fits=said.fits if counter == "allocated" else None,
+            did_fit=did_fit if counter == "allocated" else None,
+        )
+        for counter, size in predicted.items()
+    ]
+
+
+def _predicted_now(measured: Measurement) -> MemoryEstimate | None:
+    """What this version says of a measured run; None where its card is not in the catalogue."""
+    if measured.shape is None or measured.recipe is None or measured.gpu_id is None:
+        return None
+    return memory_estimate(measured.shape, measured.recipe, find_gpu(measured.gpu_id))
+
+
+def _setup(
+    model: PublishedModel, seq_len: int | None, batch: int | None, num_gpus: int | None
+) -> str:
+    return f"L{model.layers} C{model.dim} V{model.vocab} T{seq_len} B{batch} x{num_gpus}"
+
+
+def _groups(found: Iterable[Graded]) -> tuple[Group, ...]:
+    ratios: dict[tuple[str, str, Counter], list[float]] = defaultdict(list)
+    for each in found:
+        if each.ratio is not None:
+            ratios[each.program, each.evidence, each.counter].append(each.ratio)
+    return tuple(
+        Group(evidence=evidence, row=accuracy_row(program, counter, ratios[key]))
+        for key in sorted(ratios)
+        for program, evidence, counter in (key,)
+    )
+
+
+def _verdicts(found: Iterable[Graded]) -> Verdicts:
+    wrong: dict[bool, dict[tuple[str, str, str], bool]] = {True: {}, False: {}}
+    for each in found:
+        if each.said_fits is not None and each.did_fit is not None:
+            setups, key = wrong[each.did_fit], (each.program, each.gpu, each.setup)
+            setups[key] = setups.get(key, False) or each.said_fits != each.did_fit
+    full, fitted = wrong[False].values(), wrong[True].values()
+    return Verdicts(
+        num_oom=len(full),
+        false_fits=sum(full),
+        false_fits_below=upper_bound(sum(full), len(full)),
+        num_fit=len(fitted),
+        false_refusals=sum(fitted),
+        false_refusals_below=upper_bound(sum(fitted), len(fitted)),
+    )
+
+
+def _by_number(refused: Tally[str]) -> list[tuple[str, int]]:
+    return sorted(refused.items(), key=lambda item: (-item[1], item[0]))

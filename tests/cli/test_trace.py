@@ -1,0 +1,105 @@
+"""`snugpt trace`: the real code beside the prediction, its picture, and recorded snapshots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from door import Door, names_under, refusal
+
+from snapshot_writer import random_run
+from snugpt.cli.screen import COLUMNS
+
+D2 = "snugpt trace --gpu rtx-4090 --depth 2"
+
+
+def test_predicted_and_traced_agree_phase_by_phase_and_name_by_name(door: Door) -> None:
+    done = door(f"{D2} --json")
+    found = json.loads(done.out)
+    assert (done.code, found["agrees"], found["parting"]) == (0, True, None)
+    assert found["phases"].keys() == {
+        "forward", "loss", "backward", "clip", "optimizer", "evaluate"
+    }  # fmt: skip
+    named = {term["name"]: term for term in found["terms"]}
+    assert named["mlp activations"]["made_in"].startswith("ReluSquared.forward functions.py:")
+    large = [term for term in found["terms"] if term["predicted_bytes"] > 2**20]
+    assert len(large) > 8
+    assert all(term["predicted_bytes"] == term["traced_bytes"] for term in large)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [D2, "snugpt trace --gpu gtx-1070 --task generate --preset tiny",
+     "snugpt trace --gpu cpu --depth 1 --style gpt2 --dropout 0.1 --seq-len 64"],
+)  # fmt: skip
+def test_the_screen_says_agree_within_80_columns(door: Door, command: str) -> None:
+    done = door(command)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].endswith("AGREE")
+    assert max(len(line) for line in lines) <= COLUMNS
+    assert "nowhere" in done.out
+
+
+def test_a_plan_is_traced_as_it_was_written(door: Door, elsewhere: Path) -> None:
+    assert door("snugpt plan --gpu t4 --depth 2 --seq-len 128 -o plan.json").code == 0
+    done = door("snugpt trace plan.json --plot step.svg")
+    assert done.code == 0
+    texts = [e.text or "" for e in ElementTree.parse(elsewhere / "step.svg").getroot().iter()]
+    assert any("traced" in text for text in texts)
+
+
+def test_a_difference_is_an_error_that_names_both_figures(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snugpt.estimate import kinds
+    from snugpt.estimate.memory import _timelines
+
+    plain = kinds.relu_squared
+
+    def keeps_its_input_too(net, x):
+        operation = plain(net, x)
+        return type(operation)(**{
+            **{name: getattr(operation, name) for name in operation.__slots__},
+            "keeps": (x, *operation.keeps),
+        })  # fmt: skip
+
+    _timelines.clear()
+    monkeypatch.setattr(kinds, "relu_squared", keeps_its_input_too)
+    done = door(f"{D2} --checkpoint none")
+    _timelines.clear()
+    assert done.code == 1
+    assert "DIFFER" in done.out
+    assert "first in forward" in done.out
+    assert "a bug in snugpt" in done.err
+
+
+def test_a_snapshot_is_replayed_and_drawn(door: Door, elsewhere: Path) -> None:
+    made = random_run(1, expandable=False, capacity_bytes=None)
+    made.write(elsewhere / "snapshot.pickle")
+    done = door("snugpt trace --snapshot snapshot.pickle --plot recorded.svg")
+    assert done.code == 0
+    assert "replayed" in done.out
+    assert (elsewhere / "recorded.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("snugpt trace --stack nanochat --gpu h100", 2, "stack"),
+        ("snugpt trace --snapshot s.pickle --depth 2", 2, "depth"),
+        ("snugpt trace plan.json --depth 2", 2, "depth"),
+        ("snugpt trace --depth 2 --plot step.png", 2, "plot"),
+        ("snugpt trace --snapshot text.txt", 1, "no CUDA memory snapshot"),
+        ("snugpt trace missing.json", 1, "missing.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_hint_and_leaves_nothing(
+    door: Door, elsewhere: Path, command: str, code: int, said: str
+) -> None:
+    before = names_under(elsewhere)
+    error, _ = refusal(door(command), code)
+    assert said in error
+    assert names_under(elsewhere) == before

@@ -1,0 +1,71 @@
+"""Predicted memory against the trace: the walk's operations against the code that runs.
+
+Requested bytes, phase by phase, and every allocation in its order. A miss is a bug, never a factor.
+"""
+
+from __future__ import annotations
+
+import pytest
+from fuzzed_steps import fuzzed
+from recorder import recipe_for
+
+from snugpt.estimate.comparison import Comparison, compare
+from snugpt.estimate.memory import batch_of, timeline_of
+from snugpt.spec.recipe import Recipe
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import STYLES, ModelShape, shape_for
+from snugpt.tracing.steps import trace, trace_training
+
+NUM_FUZZED, BATCH = 300, 20
+LARGEST_ERROR = 0.001
+SCALAR_BYTES = 512  # blocks of a few numbers, and events that only those change, do not count
+FLASH = Runtime(device="cuda", attention="flash", capability=(9, 0))
+
+
+def both(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Comparison:
+    predicted, traced = timeline_of(shape, recipe, runtime), trace(shape, recipe, runtime)
+    return compare(predicted, batch_of(recipe), traced, smallest_bytes=SCALAR_BYTES)
+
+
+def assert_agree(found: Comparison) -> None:
+    pairs = {"peak": found.peak, **found.phases}
+    off = {name: pair for name, pair in pairs.items() if abs(pair.ratio - 1) > LARGEST_ERROR}
+    assert off == {}
+    assert found.parting is None
+
+
+@pytest.mark.parametrize("first", range(0, NUM_FUZZED, BATCH))
+def test_predicted_is_traced_whatever_a_recipe_says(first):
+    for seed in range(first, first + BATCH):
+        assert_agree(both(*fuzzed(seed)))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_two_micro_steps_stand_for_any_number(style):
+    shape = shape_for(style, 2, context_len=128, width=64, heads=2, vocab_size=300)
+    recipe = recipe_for(shape, batch=2, accumulation=5, dtype="bf16")
+    short = trace_training(shape, recipe, FLASH).read(1)[1]
+    assert trace_training(shape, recipe, FLASH, most_micro_steps=5).read(1)[1] == short
+
+
+def test_a_first_step_would_miss_the_optimizers_state():
+    shape = shape_for("llama", 2, context_len=128, width=64, heads=2, vocab_size=300)
+    recipe = recipe_for(shape, batch=1, optimizer="adamw")
+    timeline = trace(shape, recipe, FLASH)
+    state = sum(b.fixed_bytes for b in timeline.resident if b.category == "optimizer")
+    weights = sum(b.fixed_bytes for b in timeline.resident if b.name.startswith("weights:"))
+    assert state == pytest.approx(2 * weights, rel=0.001)
+
+
+def test_a_changed_operation_is_found_and_named():
+    shape = shape_for("gpt2", 2, context_len=128, width=64, heads=2, vocab_size=300)
+    wider = shape_for("gpt2", 2, context_len=128, width=64, heads=2, mlp=264, vocab_size=300)
+    recipe = recipe_for(shape, batch=2)
+    predicted, traced = timeline_of(shape, recipe, FLASH), trace(wider, recipe, FLASH)
+    parting = compare(predicted, 2, traced).parting
+    assert parting is not None
+    assert parting.phase == "forward"
+    assert parting.predicted is not None
+    assert parting.predicted.name == "mlp inputs"
+    assert parting.measured is not None
+    assert "functions.py" in parting.measured.name

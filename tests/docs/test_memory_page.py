@@ -1,0 +1,71 @@
+"""docs/concepts/memory.md is what its program makes today, and its sums are those of the walk."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from snugpt.estimate.memory import runtime_of, timeline_of
+from snugpt.estimate.scratch import ASSUMED
+from snugpt.planner.answer import plan
+from snugpt.planner.picturing import picture_of
+from snugpt.spec.shape import STYLES
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "concepts" / "memory.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+AGAIN = "make it again: python bench/memory_page.py --write"
+
+
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_page", ROOT / "bench" / "memory_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_its_program_makes() -> None:
+    assert program().page(TEXT) == TEXT, AGAIN
+
+
+def test_the_picture_is_today_s_of_the_command_under_it() -> None:
+    assert "snugpt plan --gpu rtx-4090 --depth 12 --plot memory.svg" in TEXT
+    made = picture_of(plan(gpu="rtx-4090", depth=12))
+    assert PAGE.with_suffix(".svg").read_text(encoding="utf-8") == made, AGAIN
+
+
+def made(name: str) -> str:
+    """The part of the page between two marks."""
+    (part,) = re.findall(rf"<!-- made: {name} -->(.*?)<!-- end -->", TEXT, re.DOTALL)
+    return part
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_a_layer_keeps_is_what_forward_grows_by(style: str) -> None:
+    (total,) = re.findall(r"\*\*one layer\*\* \| \| \*\*([\d,]+)\*\*", made(f"kept {style}"))
+    rows = re.findall(r"\| ([\d,]+) \|$", made(f"kept {style}"), re.MULTILINE)
+    assert sum(int(row.replace(",", "")) for row in rows) == int(total.replace(",", ""))
+    made_plan = plan(gpu="rtx-4090", depth=12, style=style, seq_len=2048, checkpoint="none")
+    runtime = runtime_of(made_plan.shape, made_plan.recipe, made_plan.gpu, 1)
+    timeline = timeline_of(made_plan.shape, made_plan.recipe, runtime)
+    grown = {
+        placed.segment.net.per_sequence
+        for placed in timeline.placed
+        if placed.phase == "forward" and placed.layer in (1, 3, 5)  # those with value embeddings
+    }
+    assert grown == {2048 * int(total.replace(",", ""))}
+
+
+def test_every_assumed_operation_is_named_with_its_line() -> None:
+    table = made("assumed")
+    assert table.count("\n|") == 2 + len(ASSUMED)
+    for row in ASSUMED:
+        line = next(each for each in table.splitlines() if each.startswith(f"| {row.operation} |"))
+        assert f"`{row.source}` | {row.lines.rstrip('.') or 'not opened'}" in line
+        assert line.endswith("| assumed |" if row.device == "cuda" else "| observed |")
