@@ -86,6 +86,10 @@ def training(job: Training) -> dict[str, Any]:
         model = build(job.shape, job.runtime, compute_dtype=recipe.compute_dtype,
                       device=job.device, seed=0)  # fmt: skip
         model.recompute_blocks = recipe.checkpoint == "blocks"
+        if recipe.compile == "on":
+            from snugpt.model.compiling import compile_sublayers
+
+            compile_sublayers(model)
         optimizers = optimizers_for(model, recipe)
         weights_bytes = allocated_now(job.device)
         batch_of = random_batches(recipe.device_batch_size, recipe.seq_len,

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
 
 from snugpt.model.gpt import GPT
 
@@ -57,6 +55,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sublayer_backend(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any):
     """Inductor with the settings above, those that the installed PyTorch knows."""
+    from torch._inductor import config as inductor_config  # 3 s of imports
+    from torch._inductor.compile_fx import compile_fx
+
     known = inductor_config.get_config_copy()
     with functorch_config.patch(KEEPS):
         lives = {name: value for name, value in LIVES.items() if name in known}
