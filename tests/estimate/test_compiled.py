@@ -113,6 +113,11 @@ def test_a_compiled_layer_is_predicted_as_inductor_plans_it(row):
     assert {n: r for n, r in ratios.items() if abs(r - 1) > WITHIN} == {}
 
 
+def test_the_plans_are_those_of_the_pytorch_that_is_pinned():
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"torch=={GOLDEN['torch'].partition('+')[0]}" in pins
+
+
 def names(buffers) -> list[str]:
     return [buffer.name for buffer in buffers]
 
