@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from campaign import configurations as known
 from campaign.boundary import bisect
 from campaign.children import Command, Ended, be_child, run_child, this_script
@@ -79,6 +81,8 @@ class Campaign:
                 left.pop(0)
         except TimeIsUpError:
             print(f"time is up, {len(left)} left: call again to go on", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f"interrupted, {len(left)} left: call again to go on", file=sys.stderr)
         return len(left)
 
     def look_around(self) -> None:
@@ -210,8 +214,15 @@ class Campaign:
             "counting afterwards" if self.toy else "torch.cuda.set_per_process_memory_fraction"
         )
         reason = None if found.complete else trials[-1]["reason"] or "too many trials"
+        shape, recipe = self.question(plain, 1)
+        boundary = {
+            "cap_bytes": cap, "shape": to_builtins(shape), "recipe": to_builtins(recipe),
+            "gpu_id": self.environment.get("gpu_id"), "gpu_name": self.environment.get("device"),
+            "trials": [{"batch": t["batch"], "outcome": t["outcome"]} for t in trials],
+        }  # fmt: skip
         return {
-            "predicted": said, "outcome": "fit" if found.complete else "failed", "reason": reason,
+            "boundary": boundary, "predicted": said,
+            "outcome": "fit" if found.complete else "failed", "reason": reason,
             "measured": {**found._asdict(), "capped_by": capped_by, "trials": trials},
             "environment": self.environment,
         }  # fmt: skip

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from inductor_plan import Alive, Plan, meta, outputs_of, placeholders_of, plan, runnable
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 
+from inductor_plan import Alive, Plan, meta, outputs_of, placeholders_of, plan, runnable
 from snugpt.model.attention import attend
 
 BATCH, SEQ_LEN, VOCABULARY, HEAD = 4, 1024, 32768, 128

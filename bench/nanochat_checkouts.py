@@ -8,7 +8,8 @@ have no data, so that the casts it makes there are seen without a card. Its opti
 steps at toy size on the CPU, alone and as rank 0 of several, their collectives replaced by ones
 that keep what ProcessGroupNCCL keeps: inputs and outputs until somebody waits on the work, else
 until the next step's first collective. The mend that `snugpt plan` prints is put to a copy of the
-tree in a temporary folder, after which they must keep nothing. No GPU is needed.
+tree in a temporary folder, after which they must keep nothing. Eager steps without
+autocast are traced on the meta device, phase by phase. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from snugpt.errors import unknown_name
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.estimate.stacks.nanochat.command import mend
+from snugpt.estimate.stacks.nanochat.eager import EagerStep
 from snugpt.estimate.stacks.nanochat.optimizer import OptimizerStep
 from snugpt.estimate.stacks.nanochat.parameters import (
     all_tensors,
@@ -35,11 +37,15 @@ from snugpt.estimate.stacks.nanochat.parameters import (
     shape_of,
 )
 from snugpt.estimate.stacks.nanochat.versions import VERSIONS, Version
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.runtime import Runtime
 
 DEPTHS = (4, 12, 20, 32)
 TOY_DEPTH, TOY_VOCAB = 6, 4096
 RANKS = (1, 2, 4, 8)
 MENDED = "held, torchrun 8"
+EAGER = ((2, 4, 512, 32768), (4, 8, 256, 32768), (6, 2, 1024, 512), (12, 2, 2048, 32768))
+HOPPER = Runtime(device="cuda", attention="flash", capability=(9, 0))
 GROUPS = {
     "wte": "embedding", "value_embeds": "value_embedding", "lm_head": "head", "h": "matrices",
 }  # fmt: skip
@@ -136,7 +142,35 @@ def predictions(version: Version) -> dict[str, Any]:
         rows[f"state, {launcher} {ranks}"] = sum(b.fixed_bytes for b in state)
         rows[f"held, {launcher} {ranks}"] = sum(b.fixed_bytes for b in step.held)
     rows[f"{MENDED}, mended"] = 0
+    rows |= eager_predictions(version)
     return rows
+
+
+def eager_predictions(version: Version) -> dict[str, int]:
+    """Peaks of an eager micro-step and of the optimizer above what is there before them."""
+    rows = {}
+    for layers, batch, seq_len, vocab in EAGER if version.smear_channels else ():
+        shape = shape_of(version, layers, seq_len=seq_len, vocab_size=vocab)
+        recipe = TrainingRecipe(
+            seq_len=seq_len, device_batch_size=batch, grad_accum_steps=1,
+            total_batch_tokens=batch * seq_len, total_tokens=batch * seq_len,
+            compute_dtype="bf16", loss="plain", loss_chunk_tokens=seq_len, checkpoint="none",
+            optimizer="muon", compile="off", stack=version.name, schedule=None,
+        )  # fmt: skip
+        step = EagerStep(version, shape, recipe, HOPPER)
+        timeline = step.timeline()
+        resident = sum(timeline.bytes_of(b, batch) for b in timeline.resident)
+        gradients = sum(timeline.bytes_of(b, batch) for b in step.optimizer.all_gradients())
+        _, phases = timeline.read(batch)
+        name = eager_name(layers, batch, seq_len, vocab)
+        rows[f"{name} forward"] = max(phases["forward"], phases["loss"]) - resident
+        rows[f"{name} backward"] = phases["backward"] - resident
+        rows[f"{name} optimizer"] = phases["optimizer"] - resident - gradients
+    return rows
+
+
+def eager_name(layers: int, batch: int, seq_len: int, vocab: int) -> str:
+    return f"L{layers} B{batch} T{seq_len} V{vocab}"
 
 
 def starts() -> Iterable[tuple[str, int]]:
@@ -173,12 +207,14 @@ def observed(asked: dict[str, str]) -> dict[str, Any]:
             state, held = optimizer_bytes(version, formats, launcher, ranks)
             rows[f"state, {launcher} {ranks}"] = state
             rows[f"held, {launcher} {ranks}"] = held
+        for sizes in EAGER if version.smear_channels else ():
+            rows |= traced(version, *sizes)
     finally:
         sys.stdout = stdout
     return rows
 
 
-def model_of(version: Version, depth: int, vocab_size: int) -> Any:
+def model_of(version: Version, depth: int, vocab_size: int, seq_len: int = 2048) -> Any:
     """nanochat's GPT at a depth of its dial, as base_train makes it."""
     from nanochat.gpt import GPT, GPTConfig
 
@@ -188,7 +224,7 @@ def model_of(version: Version, depth: int, vocab_size: int) -> Any:
     heads = -(-width // 128)
     return GPT(
         GPTConfig(
-            sequence_len=2048, vocab_size=vocab_size, n_layer=depth, n_head=heads,
+            sequence_len=seq_len, vocab_size=vocab_size, n_layer=depth, n_head=heads,
             n_kv_head=heads, n_embd=width,
         )
     )  # fmt: skip
@@ -303,6 +339,12 @@ def one_process_of(ranks: int) -> None:
     dist.is_initialized = lambda: True
 
 
+def started_alone() -> None:
+    """Take back what torchrun says of its processes."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def optimizer_bytes(
     version: Version, formats: dict[str, str], launcher: str, ranks: int
 ) -> tuple[int, int]:
@@ -310,8 +352,7 @@ def optimizer_bytes(
     import torch
     import torch.distributed as dist
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
+    started_alone()
     saved = dict(vars(dist))
     if launcher == "torchrun":
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
@@ -350,6 +391,59 @@ def optimizer_bytes(
     }
     flattened = sum(work.flattened_bytes for work in Work.kept)
     return state_bytes, sum(held.values()) + flattened
+
+
+def traced(version: Version, layers: int, batch: int, seq_len: int, vocab: int) -> dict[str, int]:
+    """The eager micro-step and optimizer step of its own code, traced on the meta device.
+
+    Attention is FlashAttention-2's operation, which keeps what FlashAttention 3's does.
+    """
+    import nanochat.gpt
+    import torch
+
+    from snugpt.tracing.allocations import Allocations
+    from snugpt.tracing.kernels import kernels_of, scratch_of
+
+    def attention(q: Any, k: Any, v: Any, window_size: tuple[int, int], **_: Any) -> Any:
+        left = window_size[0] if window_size[0] < q.shape[1] else None
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], q.shape[1], 0.0, True, False,
+            window_size_left=left, window_size_right=0,
+        )[0]  # fmt: skip
+
+    started_alone()
+    nanochat.gpt.flash_attn.flash_attn_func = attention
+    allocations = Allocations(scratch_of(HOPPER), str(Path(nanochat.gpt.__file__).parent))
+    with kernels_of(HOPPER), allocations:
+        with torch.device("meta"):
+            model = model_of(version, layers, vocab, seq_len)
+            tokens, targets = torch.empty(2, batch, seq_len, dtype=torch.int64).unbind()
+        for name, parameter in model.named_parameters():
+            if group_of(name) in ("embedding", "value_embedding"):
+                parameter.data = parameter.data.to(torch.bfloat16)
+        model.cos, model.sin = model.cos.to(torch.bfloat16), model.sin.to(torch.bfloat16)
+        (optimizer,) = optimizers_of(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        allocations.begin("forward")
+        loss = model(tokens, targets)
+        allocations.mark("backward")
+        (loss / 2).backward()
+        del loss
+        allocations.mark("optimizer")
+        optimizer.step()
+    timeline = allocations.timeline(HOPPER.block_bytes)
+    resident = sum(timeline.bytes_of(buffer, 1) for buffer in timeline.resident)
+    gradients = sum(-(-p.numel() * p.element_size() // 512) * 512 for p in model.parameters())
+    _, phases = timeline.read(1)
+    name = eager_name(layers, batch, seq_len, vocab)
+    return {
+        f"{name} forward": phases["forward"] - resident,
+        f"{name} backward": phases["backward"] - resident,
+        f"{name} optimizer": phases["optimizer"] - resident - gradients,
+    }
 
 
 def optimizers_of(model: Any) -> list[Any]:

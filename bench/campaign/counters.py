@@ -219,7 +219,9 @@ def our_frames(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def phase_ranges(marks: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    """The phases as PyTorch writes its annotations; each lasts until the next mark."""
+    """The phases as PyTorch writes its annotations; each ends just before the next begins."""
     for (begin_ns, phase), (end_ns, _) in pairwise(marks):
-        for stage, time_ns in (("START", begin_ns), ("END", end_ns)):
-            yield {"name": phase, "stage": stage, "device": 0, "time_us": time_ns // 1000}
+        begin_us, end_us = begin_ns // 1000, end_ns // 1000 - 1
+        if end_us > begin_us:
+            for stage, time_us in (("START", begin_us), ("END", end_us)):
+                yield {"name": phase, "stage": stage, "device": 0, "time_us": time_us}

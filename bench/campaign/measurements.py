@@ -26,6 +26,7 @@ def measurement_of(
     counted = record["measured"] or {}
     driver = counted.get("driver") or {}
     phases = {phase: peaks["allocated_bytes"] for phase, peaks in counted.get("phases", {}).items()}
+    process_bytes, counted_by = process_of(driver)
     time = utc_now()
     measurement = Measurement(
         id=new_id(time),
@@ -39,10 +40,10 @@ def measurement_of(
         predicted=estimate,
         allocated_bytes=counted.get("allocated_bytes"),
         reserved_bytes=counted.get("reserved_bytes"),
-        process_bytes=driver.get("above_start_bytes"),
+        process_bytes=process_bytes,
         counters={
             "allocated": "torch.cuda.memory_stats" if driver else "CpuAllocations",
-            **({"process": driver["counted_by"]} if driver else {}),
+            **({} if process_bytes is None else {"process": counted_by}),
         },
         phases=phases or None,
         alloc_retries=counted.get("num_alloc_retries"),
@@ -54,6 +55,16 @@ def measurement_of(
     )
     found: dict[str, Any] = msgspec.to_builtins(measurement)
     return found
+
+
+def process_of(driver: dict[str, Any]) -> tuple[int | None, str]:
+    """What the process had of the card at its end, and who says so; None on the CPU.
+
+    By the driver's account above what was in use before; else all that CUDA says is in use.
+    """
+    if driver.get("above_start_bytes") is not None:
+        return driver["above_start_bytes"], f"{driver['counted_by']}, above its start"
+    return driver.get("mem_get_info_used_bytes"), "torch.cuda.mem_get_info, the whole card"
 
 
 def rate(step_ms: list[float] | None, recipe: Recipe) -> float | None:

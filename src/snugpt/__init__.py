@@ -3,6 +3,7 @@
     import snugpt
 
     plan = snugpt.plan(gpu="rtx-4090", depth=12)      # no torch needed
+    snugpt.trace(model, batch, gpu="rtx-4090")        # anyone's model, no GPU
     print(snugpt.memory_report())                     # one line in anyone's loop
     with snugpt.Watch() as watch:                     # around anyone's training loop
         ...
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from snugpt.planner.answer import plan
     from snugpt.run.memory_watch import memory_report
     from snugpt.run.watch import Watch
+    from snugpt.tracing.any_model import trace
 
 __all__ = [
     "BadQuestionError",
@@ -31,12 +33,14 @@ __all__ = [
     "Watch",
     "memory_report",
     "plan",
+    "trace",
 ]
 
 _VERBS = {
     "plan": "snugpt.planner.answer",
     "memory_report": "snugpt.run.memory_watch",
     "Watch": "snugpt.run.watch",
+    "trace": "snugpt.tracing.any_model",
 }
 
 

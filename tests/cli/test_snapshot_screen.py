@@ -49,7 +49,11 @@ def test_it_is_one_screen_of_79_columns(expandable: bool, tmp_path: Path) -> Non
     run = random_run(3, expandable=expandable, capacity_bytes=200 * MIB)
     for line in range(100, 140):
         run.allocate(512, line=line)
-    lines = shown(run, tmp_path).split("\n")
+    plain = run.plain()
+    for event in plain["device_traces"][0]:
+        for frame in event["frames"]:
+            frame["name"] += "x" * 200
+    lines = shown(run, tmp_path, **plain).split("\n")
     assert all(len(line) <= 79 for line in lines)
     assert len(lines) <= 30
     assert any("other places" in line for line in lines)

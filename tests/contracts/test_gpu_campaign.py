@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from campaign import configurations, records
 from campaign.boundary import bisect
 from campaign.children import OUR_PATH, run_child, this_script
 from campaign.jobs import Environment, Job, Training, encode
+from snugpt.ledger.own_records import Boundary
 from snugpt.spec.measurement import measurement_from_json
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -252,6 +255,9 @@ def test_a_boundary_has_its_prediction_and_every_trial(
     record = by_name(out)["boundary-nano-d8"]
     expected = record["predicted"]["batch"]["expected"]
     assert record["measured"]["largest_fit"] == expected > 1
+    kept = msgspec.convert(record["boundary"], Boundary)  # what the grades are made of
+    assert [trial.outcome for trial in kept.trials] == ["fit", "oom"]
+    assert (kept.cap_bytes, kept.recipe.device_batch_size) == (8 * MIB, 1)
     assert [t["batch"] for t in record["measured"]["trials"]] == [expected, expected + 1]
     assert f"fits {expected}, not {expected + 1}" in capsys.readouterr().out
     assert {job.cap_bytes for job in children.started if isinstance(job, Training)} == {8 * MIB}
@@ -316,9 +322,37 @@ def test_the_history_keeps_pytorchs_entries_our_lines_and_our_phases() -> None:
     assert found["allocator_settings"] == snapshot["allocator_settings"]
     ranges = [(a["name"], a["stage"], a["time_us"]) for a in found["external_annotations"]]
     assert ranges == [
-        ("forward", "START", 5), ("forward", "END", 9),
-        ("backward", "START", 9), ("backward", "END", 12),
+        ("forward", "START", 5), ("forward", "END", 8),
+        ("backward", "START", 9), ("backward", "END", 11),
     ]  # fmt: skip
+
+
+def test_the_history_is_read_like_any_snapshot_of_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from campaign import counters
+    from snapshot_writer import random_run
+    from snugpt.estimate.recorded import timeline_of_snapshot
+    from snugpt.estimate.snapshot import read_snapshot
+
+    writer = random_run(3, expandable=False, capacity_bytes=None)
+    marks = [(100_000, "forward"), (200_000, "backward"), (10**9, "")]
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", writer.plain)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    packed = tmp_path / "snapshots" / "nano.pickle.gz"
+    assert counters.write_history(packed, marks) == packed.stat().st_size
+    plain = tmp_path / "nano.pickle"
+    plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    found = read_snapshot(plain)
+    whole = read_snapshot(writer.write(tmp_path / "whole.pickle"))
+    assert [(e.action, e.size, e.addr) for e in found.events] == [
+        (e.action, e.size, e.addr) for e in whole.events
+    ]
+    assert found.segments[0].total_size == whole.segments[0].total_size
+    timeline = timeline_of_snapshot(found)
+    assert timeline.read(1)[0].bytes == timeline_of_snapshot(whole).read(1)[0].bytes
+    assert {placed.phase for placed in timeline.placed} == {"recorded", "forward", "backward"}
+    assert packed.stat().st_size < plain.stat().st_size
 
 
 def test_phases_on_a_card_keep_the_highest_of_each_counter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +393,24 @@ def test_the_driver_is_asked_through_its_program_where_its_library_is_missing(
     assert counters.driver_use() == (431 * MIB, "nvidia-smi, the whole card")
     program.unlink()
     assert counters.driver_use()[0] is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        ({"above_start_bytes": 5, "counted_by": "NVML", "mem_get_info_used_bytes": 9},
+         (5, "NVML, above its start")),
+        ({"above_start_bytes": None, "counted_by": "nothing", "mem_get_info_used_bytes": 9},
+         (9, "torch.cuda.mem_get_info, the whole card")),
+    ],
+)  # fmt: skip
+def test_the_size_of_the_process_says_who_counted_it(
+    driver: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    from campaign.measurements import process_of
+
+    assert process_of(driver) == expected
+    assert process_of({})[0] is None
 
 
 PEER = """

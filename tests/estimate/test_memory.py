@@ -10,12 +10,12 @@ from training_questions import levers, question
 
 from snugpt.estimate.memory import (
     batch_of,
-    highest_process_bytes,
     memory_estimate,
     peak_bytes,
     runtime_of,
     timeline_of,
 )
+from snugpt.estimate.process import highest_process_bytes
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.recipe import GenerationRecipe, Recipe

@@ -86,6 +86,23 @@ def test_of_several_devices_the_busiest_is_read_unless_one_is_named(tmp_path: Pa
         read_snapshot(path, device=2)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (pickle.dumps(2**200), "a number at byte 13 has 208 bits"),
+        (b"\x80\x04}(\x8c\x01aNNu.", "the instruction at byte 9 has nothing to work on"),
+        (b"\x80\x04]](aNt.", "it stops at byte 9 with 3 values open"),
+        (b"\x80\x06N.", "protocol 6 is none of 2 to 5"),
+        (b"N\x80\x04.", "protocol 4 is none"),
+        (b"\x80\x04cos\nsystem\n.", "instruction 0x63 at byte 2 has no place in one"),
+        (b"\x80\x04(N.", "stops at byte 5 with 1 values open"),
+    ],
+)
+def test_each_thing_wrong_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(DamagedError, match=message):
+        load_plain(data)
+
+
 class Call:
     """Unpickled by `pickle`, it would call."""
 

@@ -133,6 +133,13 @@ def test_our_own_records_are_predicted_anew_and_held_out_ones_apart(folder: Path
     assert report.verdicts.num_fit == 3
 
 
+def test_our_own_run_out_of_memory_is_a_verdict_and_no_ratio(folder: Path) -> None:
+    add_own(folder, "full", outcome="oom")
+    report = grade(folder)
+    assert not [key for key in groups(report) if key[0] == "snugpt"]
+    assert (report.verdicts.num_oom, report.verdicts.false_fits) == (1, 1)
+
+
 def test_toys_failures_and_what_was_measured_again_do_not_count(folder: Path) -> None:
     add_own(folder, "toy", toy=True)
     add_own(folder, "failed", outcome="failed")
@@ -146,6 +153,35 @@ def test_toys_failures_and_what_was_measured_again_do_not_count(folder: Path) ->
 def test_our_own_record_of_an_unknown_card_is_refused_with_its_reason(folder: Path) -> None:
     add_own(folder, "elsewhere", gpu_id=None)
     assert [(r.reason, r.n) for r in grade(folder).refused] == [("card not in the catalogue", 1)]
+
+
+def test_trials_within_a_cap_are_verdicts_on_what_is_reserved(folder: Path) -> None:
+    def reserved(batch: int) -> int:
+        tokens = batch * RECIPE.seq_len
+        recipe = msgspec.structs.replace(
+            RECIPE, device_batch_size=batch, total_batch_tokens=tokens, total_tokens=tokens
+        )
+        return memory_estimate(SHAPE, recipe, find_gpu("h200")).reserved_bytes.high
+
+    assert reserved(3) < reserved(4)
+    outcomes = {2: "fit", 3: "oom", 4: "fit", 5: "oom", 6: "failed"}
+    boundary = {
+        "cap_bytes": reserved(3), "shape": msgspec.to_builtins(SHAPE),
+        "recipe": msgspec.to_builtins(RECIPE), "gpu_id": "h200", "gpu_name": "NVIDIA H200",
+        "trials": [{"batch": b, "outcome": outcome} for b, outcome in outcomes.items()],
+    }  # fmt: skip
+    line = {"name": "boundary", "kind": "boundary", "boundary": boundary}
+    (folder / "gpu").mkdir()
+    (folder / "gpu" / "eager.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    report = grade(folder)
+    trials = {each.id: (each.said_fits, each.did_fit) for each in report.graded[1:]}
+    assert trials == {
+        "boundary, batch 2": (True, True), "boundary, batch 3": (True, False),
+        "boundary, batch 4": (False, True), "boundary, batch 5": (False, False),
+    }  # fmt: skip
+    verdicts = report.verdicts
+    assert (verdicts.num_oom, verdicts.false_fits) == (2, 1)
+    assert (verdicts.num_fit, verdicts.false_refusals) == (3, 1)
 
 
 def test_lines_of_the_campaign_without_a_measurement_are_passed_over(folder: Path) -> None:

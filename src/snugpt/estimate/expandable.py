@@ -61,14 +61,6 @@ class ExpandableAllocator(CachingAllocator):
             before.after, after.before = after, before
         return [block for block in chain if block.mapped and not block.free]
 
-    def map_at(self, key: PoolKey, address: int, num_bytes: int) -> None:
-        """Map pages that an allocation took before it failed: a replay knows them by address."""
-        pool = self.pools.get(key)
-        if pool is not None:
-            index = bisect_left(pool.unmapped, (address,))
-            if index < len(pool.unmapped) and pool.unmapped[index][0] == address:
-                self._map(pool.unmapped[index][1], num_bytes)
-
     def _best_fit(self, size: int, pool: Pool) -> Block | None:
         free = pool.free
         index = bisect_left(free, (size,))

@@ -8,35 +8,14 @@ from __future__ import annotations
 
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.simulation import simulate
+from snugpt.estimate.process import outside_bytes, process_band, reserved_band
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.spec.gpu import Gpu
-from snugpt.spec.memory import Basis, BytesBand, MemoryEstimate, MemoryTerm
-from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.spec.memory import Basis, MemoryEstimate, MemoryTerm
+from snugpt.spec.recipe import GenerationRecipe, Recipe
 from snugpt.spec.runtime import Runtime, runtime_for
 from snugpt.spec.shape import ModelShape
-from snugpt.units import GIB, MIB
-
-# CUDA context and loaded kernels. Published: 141 MiB on a T4, 0.13 GiB on an A2000, 0.62 GiB on a
-# 5090.
-CONTEXT_BYTES = BytesBand(low=int(0.13 * GIB), expected=int(0.45 * GIB), high=int(0.75 * GIB))
-# What NCCL takes beside PyTorch: little for one rank, channels and buffers between several.
-# Assumed: nobody publishes it for nanochat.
-NCCL_ALONE_BYTES = BytesBand(low=0, expected=int(0.2 * GIB), high=int(0.5 * GIB))
-NCCL_BYTES = BytesBand(low=int(0.2 * GIB), expected=int(0.8 * GIB), high=int(2.0 * GIB))
-# With expandable segments the simulation reserves 0.1 to 2.5 % more than is allocated. What another
-# order of events adds is assumed: 20 layers at batch 32 ran on 80 GB cards with 73.7 GiB allocated.
-EXPANDABLE_FACTOR = 1.02
-# Of one step's events in another order the simulation reserved up to a tenth more.
-RESERVED_FACTOR = 1.10
-# Python, torch, the kernels' own buffers and the text at hand, before the first tensor: 220 MiB
-# are resident after `import torch` of the CPU build, 500 after the CUDA build's. With what malloc
-# keeps back, processes were 470 to 1270 MiB above their allocated peak in runs that allocated 0.11
-# to 0.58 GiB (one 2-core Linux machine, torch 2.13, both builds). Assumed elsewhere.
-CPU_BASE_BYTES = BytesBand(low=300 * MIB, expected=700 * MIB, high=1250 * MIB)
-CPU_KEPT_EXPECTED, CPU_KEPT_HIGH = 1.1, 1.5
-
 
 _timelines: dict[tuple[object, ...], Timeline] = {}
 
@@ -49,8 +28,8 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
     else:
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
-            recipe.checkpoint, recipe.compile, recipe.optimizer, recipe.grad_accum_steps > 1,
-            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8,
+            recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
+            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8, recipe.compile,
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:
@@ -74,15 +53,6 @@ def peak_bytes(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> int:
     return timeline_of(shape, recipe, runtime).peak_bytes(batch_of(recipe))
 
 
-def highest_process_bytes(peak: int, runtime: Runtime, recipe: Recipe) -> int:
-    """What a process whose tensors peak at `peak` may come to, before the simulation is asked."""
-    if runtime.device == "cpu":
-        return CPU_BASE_BYTES.high + int(peak * CPU_KEPT_HIGH)
-    expandable = stack_of(recipe).expandable_segments
-    factor = EXPANDABLE_FACTOR if expandable else RESERVED_FACTOR
-    return _outside_bytes(recipe).high + int(peak * factor)
-
-
 def memory_estimate(
     shape: ModelShape,
     recipe: Recipe,
@@ -102,8 +72,10 @@ def memory_estimate(
     alive, _ = timeline.read(batch)
     requested, requested_phases = timeline.read(batch, workspace=False)
     expandable = stack_of(recipe).expandable_segments
-    reserved, allocated = _reserved(timeline, batch, runtime, alive.bytes, expandable=expandable)
-    process = _process(reserved, runtime, _outside_bytes(recipe))
+    reserved, allocated = reserved_band(
+        timeline, batch, runtime, alive.bytes, expandable=expandable
+    )
+    process = process_band(reserved, runtime, outside_bytes(recipe))
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
         requested_bytes=requested.bytes,
@@ -123,45 +95,6 @@ def runtime_of(shape: ModelShape, recipe: Recipe, gpu: Gpu, num_threads: int) ->
     if isinstance(recipe, GenerationRecipe):
         return runtime_for(gpu, recipe.weight_dtype, 0.0, num_threads)
     return runtime_for(gpu, recipe.compute_dtype, shape.dropout, num_threads)
-
-
-def _outside_bytes(recipe: Recipe) -> BytesBand:
-    """What lies on the card beside PyTorch: the CUDA context, and NCCL under torchrun."""
-    if not isinstance(recipe, TrainingRecipe) or recipe.launcher == "python":
-        return CONTEXT_BYTES
-    nccl = NCCL_BYTES if recipe.world_size > 1 else NCCL_ALONE_BYTES
-    return BytesBand(
-        low=CONTEXT_BYTES.low + nccl.low,
-        expected=CONTEXT_BYTES.expected + nccl.expected,
-        high=CONTEXT_BYTES.high + nccl.high,
-    )
-
-
-def _reserved(
-    timeline: Timeline, batch: int, runtime: Runtime, peak: int, *, expandable: bool
-) -> tuple[BytesBand, int]:
-    """Reserved bytes and, with the unsplit rest of blocks, allocated bytes."""
-    if runtime.device == "cpu":  # malloc hands out what is asked for
-        return BytesBand(low=peak, expected=peak, high=peak), peak
-    simulated = simulate(timeline, batch, expandable=expandable)
-    factor = EXPANDABLE_FACTOR if expandable else RESERVED_FACTOR
-    high = int(simulated.reserved_bytes * factor)
-    low = simulated.allocated_bytes
-    return BytesBand(low=low, expected=simulated.reserved_bytes, high=high), low
-
-
-def _process(reserved: BytesBand, runtime: Runtime, outside: BytesBand) -> BytesBand:
-    if runtime.device == "cuda":
-        return BytesBand(
-            low=reserved.low + outside.low,
-            expected=reserved.expected + outside.expected,
-            high=reserved.high + outside.high,
-        )
-    return BytesBand(
-        low=reserved.low + CPU_BASE_BYTES.low,
-        expected=int(reserved.expected * CPU_KEPT_EXPECTED) + CPU_BASE_BYTES.expected,
-        high=int(reserved.high * CPU_KEPT_HIGH) + CPU_BASE_BYTES.high,
-    )
 
 
 def _terms(

@@ -87,12 +87,6 @@ class _Machine:
         del self.stack[start:]
         return found
 
-    def pop(self) -> object:
-        """Take the last value; one in front of a mark is not to be had."""
-        if self.marks and len(self.stack) <= self.marks[-1]:
-            raise IndexError
-        return self.stack.pop()
-
     def last_dict(self) -> dict[str, object]:
         found = self.stack[-1]
         if type(found) is not dict:
@@ -131,7 +125,7 @@ def _mark(machine: _Machine) -> None:
 
 
 def _setitem(machine: _Machine) -> None:
-    value, key = machine.pop(), machine.pop()
+    value, key = machine.stack.pop(), machine.stack.pop()
     _set(machine, machine.last_dict(), [key, value])
 
 
@@ -141,7 +135,7 @@ def _setitems(machine: _Machine) -> None:
 
 
 def _append(machine: _Machine) -> None:
-    value = machine.pop()
+    value = machine.stack.pop()
     machine.last_list().append(value)
 
 
@@ -152,7 +146,7 @@ def _appends(machine: _Machine) -> None:
 
 def _tuple_of(count: int) -> Callable[[_Machine], None]:
     def build(machine: _Machine) -> None:
-        values = [machine.pop() for _ in range(count)]
+        values = [machine.stack.pop() for _ in range(count)]
         machine.stack.append(tuple(reversed(values)))
 
     return build

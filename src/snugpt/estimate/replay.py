@@ -6,7 +6,10 @@ chooses among the same blocks. Held against snapshots that a simulation wrote; n
 CUDA run was replayed yet.
 
 Not in a snapshot, and so not replayed: the driver's capacity. Where memory ran out the history says
-which segments went back, and so does the replay, at the same event.
+which segments went back, and so does the replay, at the same event. Pages that were mapped before
+the request failed go back at once and are left out. A request that was tried again and then needed
+no new page (expandable segments only) can't be told from one after `empty_cache`, and is replayed
+as that.
 """
 
 from __future__ import annotations
@@ -122,7 +125,8 @@ class _Player:
         action = event.action
         if action in GIVEN_BACK:
             if not self._giving_back:
-                self._give_back()
+                self.allocator.release_cached()
+                self._places.forget()
             self._giving_back = True
             self.recorded -= event.size
             return
@@ -150,14 +154,6 @@ class _Player:
         if self.recorded != self.allocator.reserved:
             self._part(index, event, event.addr if event else 0, event.addr if event else 0)
 
-    def _give_back(self) -> None:
-        """Give the cache back, and with it pages that were mapped for what then did not fit."""
-        for event in self._places.expected():
-            if isinstance(self.allocator, ExpandableAllocator):
-                key = key_of_memory(event, expandable=True)
-                self.allocator.map_at(key, event.addr, event.size)
-        self.allocator.release_cached()
-
     def _allocate(self, index: int, event: SnapshotEvent) -> None:
         if event.addr in self._blocks:  # its free was not recorded
             self._request_free(event.addr)
@@ -165,7 +161,7 @@ class _Player:
         allocate = self.allocator.allocate_new if self._retries else self.allocator.allocate
         block = allocate(max(event.size, 1), event.stream, event.pool_id)
         self._blocks[event.addr] = block
-        self._places.expected()
+        self._places.forget()
         if self.recorded != self.allocator.reserved or block.address != event.addr:
             self._part(index, event, event.addr, block.address)
         self._retries = False
@@ -216,10 +212,9 @@ class _Places:
         """The run took this memory for the allocation that follows."""
         self._expected.append(event)
 
-    def expected(self) -> list[SnapshotEvent]:
-        """Hand over what was expected, and expect no more of it: the allocation is done."""
-        found, self._expected = self._expected, []
-        return found
+    def forget(self) -> None:
+        """The allocation is done, or it was given up."""
+        self._expected.clear()
 
     def place(self, key: PoolKey, num_bytes: int) -> int:
         """Return the address of a new segment or range."""

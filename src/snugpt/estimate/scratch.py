@@ -132,6 +132,11 @@ ASSUMED: tuple[Assumed, ...] = (
             "B·H·⌈T/64⌉·⌈D/64⌉·(64·64·4 + 16); none in fp32 below capability 7.0",
             "ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h",
             "613-621, 871-890."),
+    Assumed("cuDNN attention, forward and backward", "cuda", "none counted",
+            "ATen/native/cudnn/MHA.cpp", ""),
+    Assumed("gradient of an embedding that is not ours", "cuda",
+            "none counted; it sorts, (N / 10 + min(N, V))·C·4 at the end of backward",
+            "ATen/native/cuda/EmbeddingBackwardKernel.cu", ""),
     Assumed("LayerNorm and fused RMSNorm with weights, backward", "cuda",
             "none counted; min(⌈B·T/32⌉, 32768 ÷ ⌈C/32⌉)·C elements, at most 2 MiB in bf16, where"
             " B·T > 65536 and C < 16 x multiprocessors",

@@ -13,43 +13,18 @@ from pathlib import Path
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, FailedError
-from snugpt.estimate.memory import memory_estimate
-from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.errors import FailedError
 from snugpt.ledger.accuracy import AccuracyRow, accuracy_row
 from snugpt.ledger.bounds import upper_bound
+from snugpt.ledger.graded import Graded
+from snugpt.ledger.own_records import content_of, graded_record, own_records
 from snugpt.ledger.predicting import Prediction, Refusal, prediction_of
-from snugpt.spec.catalogue import find_gpu
-from snugpt.spec.measurement import Counter, Measurement, measurement_from_json
-from snugpt.spec.memory import MemoryEstimate
+from snugpt.spec.measurement import Counter
 from snugpt.spec.published import PublishedModel, PublishedRow, PublishedRun, published_lines
 from snugpt.units import MIB
 
 PUBLISHED, RUNS = "published.jsonl", "published-runs.jsonl"
 OWN_FOLDER = "gpu"
-
-
-class Graded(msgspec.Struct, frozen=True, kw_only=True):
-    """One record beside what is predicted of it; None where either side has no figure."""
-
-    id: str
-    program: str
-    evidence: str
-    source: str
-    gpu: str
-    setup: str  # shape, batch, cards: rows that share it are one trial of a verdict
-    counter: Counter
-    predicted_bytes: int | None = None
-    measured_bytes: int | None = None
-    said_fits: bool | None = None
-    did_fit: bool | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """Predicted ÷ measured."""
-        if self.predicted_bytes is None or not self.measured_bytes:
-            return None
-        return self.predicted_bytes / self.measured_bytes
 
 
 class Verdicts(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,8 +75,8 @@ def grade(folder: Path) -> Report:
         BadQuestionError: the folder has no published rows.
         FailedError: a file can't be read, or a line is not what it should be.
     """
-    rows = published_lines(_content(folder / PUBLISHED), PublishedRow, PUBLISHED)
-    runs = {r.id: r for r in published_lines(_content(folder / RUNS), PublishedRun, RUNS)}
+    rows = published_lines(content_of(folder / PUBLISHED), PublishedRow, PUBLISHED)
+    runs = {r.id: r for r in published_lines(content_of(folder / RUNS), PublishedRun, RUNS)}
     unknown = runs.keys() - {row.id for row in rows}
     if unknown:
         raise FailedError(f"{RUNS} has no row {sorted(unknown)[0]!r} in {PUBLISHED}")
@@ -113,9 +88,9 @@ def grade(folder: Path) -> Report:
             refused[said.reason] += 1
         else:
             found.append(_graded(row, said))
-    own = _own_lines(folder)
-    for line, measured in own:
-        grades = _own(line, measured)
+    own = own_records(folder / OWN_FOLDER)
+    for record in own:
+        grades = graded_record(record)
         refused["card not in the catalogue"] += not grades
         found += grades
     return Report(
@@ -126,20 +101,6 @@ def grade(folder: Path) -> Report:
         refused=tuple(Refused(reason=r, n=n) for r, n in _by_number(+refused)),
         graded=tuple(found),
     )
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadQuestionError(
-            f"{path} is not there: the records of snugpt come with its source",
-            hint="snugpt records accuracy --records PATH/TO/snugpt/records",
-        ) from None
-    except OSError as error:
-        raise FailedError(
-            f"could not read {path}: {error.strerror or error}", hint=f"ls -l {path}"
-        ) from error
 
 
 def _graded(row: PublishedRow, said: Prediction) -> Graded:
@@ -160,68 +121,6 @@ def _graded(row: PublishedRow, said: Prediction) -> Graded:
         said_fits=said.fits,
         did_fit=did_fit,
     )
-
-
-class _Line(msgspec.Struct, frozen=True):
-    """A record of the campaign, as far as it is graded; toys on the CPU are not."""
-
-    name: str
-    kind: str
-    held_out: bool = False
-    toy: bool = False
-    measurement: msgspec.Raw = msgspec.Raw()
-
-
-def _own_lines(folder: Path) -> list[tuple[_Line, Measurement]]:
-    """The newest record of each configuration in every file; what failed is not one."""
-    found: dict[tuple[str, str], tuple[_Line, Measurement]] = {}
-    for path in sorted((folder / OWN_FOLDER).glob("*.jsonl")):
-        for number, text in enumerate(_content(path).splitlines(), start=1):
-            try:
-                line = msgspec.json.decode(text, type=_Line)
-            except msgspec.MsgspecError as error:
-                raise FailedError(f"{path.name} line {number}: {error}") from error
-            if bytes(line.measurement) and not line.toy:
-                measurement = measurement_from_json(bytes(line.measurement))
-                if measurement.outcome != "failed":
-                    found[path.name, line.name] = line, measurement
-    return list(found.values())
-
-
-def _own(line: _Line, measured: Measurement) -> list[Graded]:
-    """Each counter of a record of ours; the card's verdict goes with the first."""
-    said = _predicted_now(measured)
-    if said is None:
-        return []
-    predicted: dict[Counter, int] = {
-        "allocated": said.allocated_bytes,
-        "reserved": said.reserved_bytes.expected,
-        "process": said.process_bytes.expected,
-    }
-    did_fit = measured.outcome == "fit"
-    return [
-        Graded(
-            id=line.name,
-            program=stack_of(measured.recipe).name if measured.recipe else "snugpt",
-            evidence="our own, held out" if line.held_out else "our own",
-            source=measured.id,
-            gpu=measured.gpu_name,
-            setup=line.name,
-            counter=counter,
-            predicted_bytes=size,
-            measured_bytes=measured.measured_bytes(counter) if did_fit else None,
-            said_fits=said.fits if counter == "allocated" else None,
-            did_fit=did_fit if counter == "allocated" else None,
-        )
-        for counter, size in predicted.items()
-    ]
-
-
-def _predicted_now(measured: Measurement) -> MemoryEstimate | None:
-    """What this version says of a measured run; None where its card is not in the catalogue."""
-    if measured.shape is None or measured.recipe is None or measured.gpu_id is None:
-        return None
-    return memory_estimate(measured.shape, measured.recipe, find_gpu(measured.gpu_id))
 
 
 def _setup(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from snugpt.errors import BadQuestionError
-from snugpt.estimate.memory import highest_process_bytes, peak_bytes, runtime_of, timeline_of
+from snugpt.estimate.memory import peak_bytes, runtime_of, timeline_of
+from snugpt.estimate.process import highest_process_bytes
 from snugpt.estimate.speed import speed_estimate
 from snugpt.planner.command import command_line
 from snugpt.planner.machine import Machine

@@ -14,11 +14,11 @@ import msgspec
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.memory import (
-    highest_process_bytes,
     memory_estimate,
     peak_bytes,
     runtime_of,
 )
+from snugpt.estimate.process import highest_process_bytes
 from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line

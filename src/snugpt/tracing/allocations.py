@@ -87,6 +87,7 @@ class Allocations(TorchDispatchMode):
         return False  # a wrapper around the dispatch would hide who called
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.about_to_run(func, args)
         if func is ADD and called_by_engine() and is_held_once(args[0]):
             return ADD_IN_PLACE(*args)
         result = func(*args, **(kwargs or {}))
@@ -101,6 +102,9 @@ class Allocations(TorchDispatchMode):
             while self._told:
                 self._events.append((-1, self._told.pop()))
         return result
+
+    def about_to_run(self, func, args) -> None:
+        """Look at an operation before it runs; for those who know more of the model."""
 
     @property
     def phase(self) -> Phase:

@@ -92,6 +92,11 @@ def _cuda_rules(capability: tuple[int, int] | None):
         sizes = scratch.flash_backward(T, H, k.shape[2], D, q.element_size())
         return tuple(B * size for size in sizes)
 
+    def flash_of_any_model(grad, q, k, v, *_):  # (B, H, T, D), (B, K, S, D)
+        B, H, T, D = q.shape
+        sizes = scratch.flash_backward(T, H, k.shape[1], D, q.element_size())
+        return tuple(B * size for size in sizes)
+
     def efficient(grad, q, k, v, *_):  # (B, H, T, D)
         B, H, T, D = q.shape
         sizes = scratch.efficient_backward(T, H, D, q.element_size(), capability)
@@ -99,6 +104,7 @@ def _cuda_rules(capability: tuple[int, int] | None):
 
     return {
         aten._flash_attention_backward.default: flash,
+        aten._scaled_dot_product_flash_attention_backward.default: flash_of_any_model,
         aten._scaled_dot_product_efficient_attention_backward.default: efficient,
     }
 

@@ -70,19 +70,22 @@ def trace_training(
             recipe, grad_accum_steps=most_micro_steps, world_size=1, total_batch_tokens=tokens
         )
 
-    def batch_of(_: int) -> Batch:
-        size = recipe.device_batch_size, recipe.seq_len
+    def batch(rows: int) -> Batch:
+        size = rows, recipe.seq_len
         tokens, targets = (torch.empty(size, dtype=torch.int64, device="meta") for _ in range(2))
         allocations.label(tokens, "batch", "tokens")
         allocations.label(targets, "batch", "targets")
         return tokens, targets
+
+    def batch_of(_: int) -> Batch:
+        return batch(recipe.device_batch_size)
 
     allocations = StepAllocations(shape, runtime)
     with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
         model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
         model.recompute_blocks = recipe.checkpoint == "blocks"
         optimizers = optimizers_for(model, recipe)
-        step(model, optimizers, recipe, batch_of)
+        step(model, optimizers, one_row(recipe), lambda _: batch(1))
         _label_weights(allocations, model)
         _label_states(allocations, optimizers)
         _tell_workspaces(allocations, runtime, num_threads=2)
@@ -91,6 +94,14 @@ def trace_training(
         allocations.mark("evaluate")
         evaluate_batch(model.eval(), recipe, batch_of(0))
     return allocations.timeline(runtime.block_bytes)
+
+
+def one_row(recipe: TrainingRecipe) -> TrainingRecipe:
+    """A recipe whose step is as small as can be: enough for the optimizers to make their state."""
+    return replace(
+        recipe, device_batch_size=1, grad_accum_steps=1, world_size=1,
+        total_batch_tokens=recipe.seq_len,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-from snugpt.errors import unknown_name
+from snugpt.errors import BadQuestionError, unknown_name
 from snugpt.estimate.flops import executed_flops_per_token
 from snugpt.estimate.parameters import parameter_groups
 from snugpt.estimate.stacks.nanochat import parameters as nanochat
+from snugpt.estimate.stacks.nanochat.eager import EagerStep
 from snugpt.estimate.stacks.nanochat.step import NanochatStep
 from snugpt.estimate.stacks.nanochat.versions import VERSIONS, Version
 from snugpt.estimate.timeline import Timeline
@@ -68,7 +69,13 @@ def _snugpt_timeline(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime
 def _nanochat_timeline(
     version: Version, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime
 ) -> Timeline:
-    return NanochatStep(version, shape, recipe, runtime).timeline()
+    if recipe.fp8 == "on" and recipe.compile == "off":
+        raise BadQuestionError(
+            f"fp8 = 'on' is not an option of {version.name} without its compiler: not derived",
+            hint=f"snugpt plan --stack {version.name} --gpu h100 --depth 12 --fp8",
+        )
+    step = NanochatStep if recipe.compile == "on" else EagerStep
+    return step(version, shape, recipe, runtime).timeline()
 
 
 def _nanochat_flops(version: Version, shape: ModelShape, recipe: TrainingRecipe) -> int:
@@ -108,7 +115,7 @@ def _nanochat(version: Version) -> Stack:
                 "checkpoint": ("none",),
                 "optimizer": ("muon",),
                 "fp8": ("off", "on") if version.fp8 else ("off",),
-                "compile": ("on",),
+                "compile": ("on", "off") if version.smear_channels else ("on",),
                 "sharding": ("none", "optimizer"),
                 "compute_dtype": ("bf16",),
                 "launcher": ("python", "torchrun"),

@@ -7,8 +7,10 @@ sum is made of follows from what backward reads; their names are ours.
 
     bf16   October 36 C a layer, February 39 C, from 14 March 37 C   (+ 12 H + 8)
     FP8    from 14 March 26.5 C
+    eager  from 14 March 38 C + VE
 
-Value embeddings are kept in every other layer, so 2 C there is 1 C on average.
+The eager row is what autograd saves, operation by operation. Value embeddings are kept in every
+other layer, so 2 C there is 1 C on average.
 """
 
 from __future__ import annotations
@@ -79,6 +81,31 @@ _EDGE = (
 )
 _LAST_NORM = Kept("norm outputs", per_channel=2)
 _BEFORE_SMEAR = Kept("embeddings", per_channel=2)
+
+
+EAGER_LAYER = (
+    _STREAM,
+    Kept("scaled stream", per_channel=2),
+    _NORM,
+    Kept("norm outputs", per_channel=2),
+    Kept("value embeddings", per_channel=2, where="mixing"),
+    Kept("value gates", per_head=4, where="mixing"),  # the sigmoid, and three times it
+    *_QKV,
+    _STREAM,
+    _NORM,
+    Kept("norm outputs", per_channel=2),
+    Kept("mlp activations", per_channel=8),  # the ReLU
+    Kept("mlp activations", per_channel=8),  # and its square
+)
+EAGER_EDGES = (
+    Kept("embeddings", per_channel=4),  # before and after the norm; the latter for the smear
+    Kept("smear gate", per_token=52),  # its 24 input channels, its sigmoid, and that scaled
+    Kept("residual stream", per_channel=2),  # behind the last layer, the middle one taken out
+    Kept("norm statistics", per_token=8),
+    _LAST_NORM,
+)
+# Where the middle layer is the last: its output, which is else the next layer's input.
+EAGER_EDGES_SHALLOW = (Kept("residual stream", per_channel=2),)
 
 
 def kept_by_layer(version: Version, fp8: bool) -> tuple[Kept, ...]:

@@ -38,10 +38,16 @@ class OptimizerStep:
     """State, held buffers and events of one version's optimizer on rank 0."""
 
     def __init__(
-        self, version: Version, shape: ModelShape, world_size: int, *, communicates: bool
+        self,
+        version: Version,
+        shape: ModelShape,
+        world_size: int,
+        *,
+        communicates: bool,
+        compiled: bool = True,
     ) -> None:
         self.version, self.shape, self.world_size = version, shape, world_size
-        self.communicates = communicates
+        self.communicates, self.compiled = communicates, compiled
         self.adamw = adamw_tensors(version, shape)
         self.muon = muon_tensors(version, shape)
         self.gradients = {
@@ -149,6 +155,7 @@ class OptimizerStep:
         every = self.version.optimizer == "unified"
         if every:
             events += [Event(1, stack) for stack in stacks]
+        events += self._adamw_scratch()
         for tensor, stack, parameter in zip(self.muon, stacks, parameters, strict=True):
             scratch = sequence(self._orthogonalised(tensor, tensor.count))
             if every:
@@ -169,6 +176,7 @@ class OptimizerStep:
             copied = self._stack("gradient stacks", tensor)
             events += [Event(1, copied), Event(1, next(held["held gradient stacks"]))]
             events += [Event(1, next(held["held gradient chunks"])), Event(-1, copied)]
+        events += self._adamw_scratch()
         for tensor in self.muon:
             own = owned(tensor, self.world_size)
             parameter = self._stack("matrix stacks", tensor, own)
@@ -179,6 +187,21 @@ class OptimizerStep:
             else:
                 events += [Event(1, updated), Event(1, parameter), *scratch]
             events.append(Event(-1, parameter))
+        return events
+
+    def _adamw_scratch(self) -> list[Event]:
+        """Compiled, AdamW is one kernel. As it is written it holds two results at once, and since
+        July bf16 tensors, their gradients and moments are cast to fp32 first."""
+        if self.compiled:
+            return []
+        events = []
+        for tensor, num_bytes in adamw_slices(self.version, self.shape, self.world_size):
+            each = 2 * tensor.element_bytes
+            if tensor.element_bytes == BF16 and self.version.optimizer == "unified":
+                each = (2 + 4) * FP32
+            size = num_bytes // tensor.element_bytes * each
+            buffer = fixed("AdamW scratch", "optimizer", size, f"parameters·{each}")
+            events += [Event(1, buffer), Event(-1, buffer)]
         return events
 
     def _zero_grad(self) -> list[Event]:
@@ -197,7 +220,19 @@ class OptimizerStep:
         return fixed(name, "optimizer", size, f"{tensor.rows}·{tensor.columns}·4 each")
 
     def _orthogonalised(self, tensor: Tensor, count: int) -> tuple[Buffer, ...]:
-        """Newton-Schulz in bf16: the matrices twice, and two squares of the shorter side."""
+        """Newton-Schulz in bf16: the matrices twice, and two squares of the shorter side.
+
+        Without the compiler the update follows as it is written: the matrices once, the squares,
+        up to four products in fp32 (before July two of them in bf16) with a mask, and a few lines
+        of one number per row.
+        """
+        if not self.compiled:
+            each, lines = (19, 5) if self.version.optimizer == "unified" else (15, 4)
+            squares = 2 * count * min(tensor.rows, tensor.columns) ** 2 * BF16
+            squares += lines * count * max(tensor.rows, tensor.columns) * FP32
+            size = count * tensor.elements * each + squares
+            whole = fixed("Muon scratch", "optimizer", size, f"matrices·{each} + 2·m·m·2 + lines")
+            return whole, whole
         size = count * tensor.elements * BF16
         small = count * min(tensor.rows, tensor.columns) ** 2 * BF16
         x, following = (fixed("Muon scratch", "optimizer", size, "matrices·2") for _ in range(2))

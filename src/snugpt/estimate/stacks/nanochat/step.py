@@ -39,11 +39,11 @@ class NanochatStep:
         self.optimizer = OptimizerStep(
             version, shape, recipe.world_size,
             communicates=version.communicates(recipe.launcher, recipe.world_size),
+            compiled=recipe.compile == "on",
         )  # fmt: skip
         self.placed: list[Placed] = []
         self.segments: dict[tuple[Phase, bool, bool], Segment] = {}
-        layer = kept_by_layer(version, self.fp8)
-        self.kept = {kept: self._kept(kept) for kept in (*layer, *kept_at_edges(version, self.fp8))}
+        self.kept = {kept: self._kept(kept) for kept in (*self._layer_table(), *self._edge_table())}
         self.stream_gradient = self._tokens("activation gradients", 2 * shape.model_dim, "C·2")
         self.wide_gradient = self._tokens(
             "activation gradients", 2 * MLP_WIDTHS * shape.model_dim, "4·C·2"
@@ -101,14 +101,23 @@ class NanochatStep:
 
     def _micro_step(self, *, first: bool) -> None:
         last = self.shape.num_layers
-        edges = [self.kept[kept] for kept in kept_at_edges(self.version, self.fp8)]
+        edges = [self.kept[kept] for kept in self._edge_table()]
         self._place_layers("forward", self._layer_forward, range(last))
-        head = [] if self.fp8 else [Event(1, self.head_cast)]
         self._place("forward", last, [Event(1, edge) for edge in edges])
-        self._place("loss", last, [*head, Event(1, self.logits[0]), Event(1, self.loss)])
+        self._place("loss", last, self._loss_forward())
         self._place("backward", last, self._head_backward(edges))
         self._place_layers("backward", self._layer_backward, range(last - 1, -1, -1))
         self._place("backward", -1, self._embedding_backward(first=first))
+
+    def _layer_table(self) -> tuple[Kept, ...]:
+        return kept_by_layer(self.version, self.fp8)
+
+    def _edge_table(self) -> tuple[Kept, ...]:
+        return kept_at_edges(self.version, self.fp8)
+
+    def _loss_forward(self) -> list[Event]:
+        head = [] if self.fp8 else [Event(1, self.head_cast)]
+        return [*head, Event(1, self.logits[0]), Event(1, self.loss)]
 
     def _layer_forward(self, layer: int) -> list[Event]:
         passing = self._tokens("sublayer outputs", 2 * self.shape.model_dim, "C·2")
@@ -177,9 +186,7 @@ class NanochatStep:
         """The end of a micro-step. A compiled backward hands out all its gradients together, so
         from the second micro-step on they lie beside those they are added to."""
         events = [
-            Event(-1, self.kept[kept])
-            for kept in kept_at_edges(self.version, self.fp8)
-            if kept.name == "embeddings"
+            Event(-1, self.kept[kept]) for kept in self._edge_table() if kept.name == "embeddings"
         ]
         events += self._table_gradient("embedding")
         scalars = [t for t in self.optimizer.adamw if t.group == "scalars"]
@@ -245,8 +252,7 @@ class NanochatStep:
     def _kept_in(self, layer: int) -> list[Buffer]:
         mixing = self.shape.has_value_embedding(layer)
         wanted = {"every", "mixing" if mixing else "plain"} | ({"not first"} if layer else set())
-        rows = kept_by_layer(self.version, self.fp8)
-        return [self.kept[kept] for kept in rows if kept.where in wanted]
+        return [self.kept[kept] for kept in self._layer_table() if kept.where in wanted]
 
     def _casts(self, layer: int) -> list[Buffer]:
         return self.casts[self.shape.has_value_embedding(layer)]
