@@ -7,14 +7,15 @@ anything was measured: it may be compared with a prediction, and never enter a f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from snugpt.errors import BadQuestionError
+from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.estimate.stacks.nanochat.parameters import shape_of as nanochat_shape
 from snugpt.ledger.predicting import nanochat_recipe
 from snugpt.spec.recipe import GenerationRecipe, Schedule, TrainingRecipe
+from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, shape_for
 from snugpt.units import GIB
 
@@ -115,15 +116,20 @@ PEER_SIZES = (
 
 
 def compiled_set() -> tuple[Configuration, ...]:
-    """The training configurations again, compiled; empty where the trainer can't compile."""
-    if find_spec("snugpt.model.compiling") is None:
-        return ()
-    found = (c for c in EAGER if c.kind == "training")
+    """The training configurations again, compiled, those that can be."""
+    found = (c for c in EAGER if c.kind == "training" and _compiles(c.asked))
     return tuple(
         Configuration(name=f"{c.name}-compiled", kind="training",
                       asked={**c.asked, "compile": "on"}, snapshot=c.snapshot)
         for c in found
     )  # fmt: skip
+
+
+def _compiles(asked: dict[str, Any]) -> bool:
+    bf16 = asked.get("dtype", "bf16") == "bf16"
+    card = Runtime(device="cuda", attention="flash" if bf16 else "efficient", capability=(9, 0))
+    recipe = training_recipe(asked, batch=asked["batch"])
+    return why_not_compiled(shape_of(asked), recipe, card) is None
 
 
 def peer_set(checkout: str, stack: str) -> tuple[Configuration, ...]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,9 @@ def training(job: Training) -> dict[str, Any]:
                       device=job.device, seed=0)  # fmt: skip
         model.recompute_blocks = recipe.checkpoint == "blocks"
         if recipe.compile == "on":
-            import_module("snugpt.model.compiling").compile_sublayers(model)
+            from snugpt.model.compiling import compile_sublayers
+
+            compile_sublayers(model)
         optimizers = optimizers_for(model, recipe)
         weights_bytes = allocated_now(job.device)
         batch_of = random_batches(recipe.device_batch_size, recipe.seq_len,

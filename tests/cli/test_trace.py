@@ -76,6 +76,13 @@ def test_a_difference_is_an_error_that_names_both_figures(
     assert "a bug in snugpt" in done.err
 
 
+def test_compiled_layers_are_not_traced_and_the_way_out_is_named(door: Door) -> None:
+    done = door("trace --gpu rtx-4090 --depth 2 --compile on")
+    assert done.code == 2
+    assert "compile = 'on' is not traced" in done.err
+    assert "hint: snugpt trace --gpu rtx-4090 --depth 2 --compile off" in done.err
+
+
 def test_a_snapshot_is_replayed_and_drawn(door: Door, elsewhere: Path) -> None:
     made = random_run(1, expandable=False, capacity_bytes=None)
     made.write(elsewhere / "snapshot.pickle")

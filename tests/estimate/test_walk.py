@@ -84,6 +84,26 @@ def test_backward_can_hold_the_entry_to_the_end():
     assert written(events).count("-x") == 1
 
 
+def gives_up(kept: Buffer) -> Operation:
+    """A compiled call: it is done with what it kept before it makes its gradient."""
+    grad, scratch = tensor(f"d{kept.name}"), tensor("s")
+    parts = {"backward": (scratch, kept, grad, scratch), "gradients": ((kept, grad),)}
+    return call(kept, OUT, keeps=(kept,), **parts)
+
+
+def test_a_compiled_call_frees_what_it_kept_on_its_way():
+    assert written(Walk().backward([gives_up(X)], X, DOUT)[0]) == "+s -x +dx -s -do"
+
+
+def test_what_somebody_else_keeps_too_is_not_freed_on_the_way():
+    stays, _ = Walk().backward([gives_up(X)], X, DOUT, entry_stays=True)
+    assert written(stays) == "+s +dx -s -do"
+    held, _ = Walk().backward([gives_up(X)], X, DOUT, hold_entry=True)
+    assert written(held) == "+s +dx -s -do -x"
+    both, _ = Walk().backward([call(X, Y, keeps=(Y,)), gives_up(Y)], X, DOUT)
+    assert written(both) == "+s +dy -s -do +dx -dy -y"
+
+
 def branches(backward_of_z: str) -> list[Operation]:
     """x -> y, x -> z, y + z -> o, where the sum hands one gradient to both or to y alone."""
     dy = tensor("dy")

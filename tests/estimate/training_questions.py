@@ -38,6 +38,7 @@ def levers(draw, lengths: Sequence[int] = (64, 100, 256, 777, 1024)) -> dict[str
     style = draw(st.sampled_from(STYLES))
     runtime = draw(st.sampled_from(sorted(RUNTIMES)))
     drops = style == "gpt2" and runtime != "cpu" and draw(st.booleans())
+    compiles = runtime == "flash" and not drops
     return {
         "style": style,
         "depth": draw(st.integers(1, 12)),
@@ -50,6 +51,7 @@ def levers(draw, lengths: Sequence[int] = (64, 100, 256, 777, 1024)) -> dict[str
         "checkpoint": draw(st.sampled_from(["none", "blocks"])),
         "loss": draw(st.sampled_from(["chunked", "plain"])),
         "accumulation": draw(st.sampled_from([1, 2, 8])),
+        "compile": draw(st.sampled_from(["off", "on"])) if compiles else "off",
     }
 
 
@@ -76,6 +78,7 @@ def question(asked: dict[str, Any], batch: int = 1) -> tuple[ModelShape, Trainin
         loss=asked.get("loss", "chunked"),
         loss_chunk_tokens=min(T, asked.get("chunk", 64)),
         checkpoint=asked.get("checkpoint", "none"),
+        compile=asked.get("compile", "off"),
         optimizer=asked.get("optimizer", "muon"),
         schedule=SCHEDULE,
     )

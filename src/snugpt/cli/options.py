@@ -64,6 +64,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "device_batch_size": "Sequences on the device at once.",
         "grad_accum_steps": "Passes that one optimizer step gathers.",
         "checkpoint": "Keep activations (none) or compute them again (blocks).",
+        "compile": "Compile the layers (CUDA with Triton), or run them as they are.",
         "compute_dtype": "Number format of the arithmetic.",
         "loss": "Logits in chunks or all at once.",
         "loss_chunk_tokens": "Tokens of one chunk of the loss.",

@@ -13,7 +13,9 @@ from snugpt.cli.output_files import PICTURE_SUFFIX, check_output, write_output
 from snugpt.cli.plan import planned
 from snugpt.cli.screen import colour
 from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
+from snugpt.planner.command import command_line
 from snugpt.spec.plan import Plan, read_plan
+from snugpt.spec.recipe import TrainingRecipe
 from snugpt.units import gib
 
 MODEL_FLAGS = {"gpu", "batch_size", "seq_len", "compute_dtype", "task"}
@@ -74,6 +76,11 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
         raise BadQuestionError(
             f"stack = {plan.stack!r} is not traced: its code is not ours",
             hint="snugpt trace --stack snugpt --depth 12",
+        )
+    if isinstance(plan.recipe, TrainingRecipe) and plan.recipe.compile == "on":
+        raise BadQuestionError(
+            "compile = 'on' is not traced: what is compiled runs on its GPU only",
+            hint=command_line(plan.question, compile="off").replace("plan", "trace", 1),
         )
     from snugpt.cli import trace_screen
     from snugpt.estimate.comparison import compare

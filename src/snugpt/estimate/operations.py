@@ -3,7 +3,7 @@
 A *sequence of events* is a tuple of buffers: a buffer is allocated where it is first named and
 freed where it is named again. `forward` names the result, what is kept beside it, and scratch;
 `backward` names the gradients and scratch. The incoming gradient and what was kept are freed by the
-walk.
+walk; what was kept and is named in `backward` is freed there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from snugpt.estimate.flops import forward_flops_per_token, muon_flops
 from snugpt.estimate.parameters import num_parameters
-from snugpt.estimate.stacks.catalogue import FP8_SPEEDUP, stack_of
+from snugpt.estimate.stacks.catalogue import COMPILED_SHARE, FP8_SPEEDUP, stack_of
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -49,7 +49,8 @@ def training_rate(
         rate = measured_flops_per_s
         low, high = rate * (1 - MEASURED_BAND), rate * (1 + MEASURED_BAND)
         return Rate(Band(low, rate, high), "fitted", "measured on this machine")
-    share = CPU_SHARE if gpu.backend == "cpu" else stack.training_share
+    on_gpu = COMPILED_SHARE if recipe.compile == "on" else stack.training_share
+    share = CPU_SHARE if gpu.backend == "cpu" else on_gpu
     dtype = recipe.compute_dtype
     peak = dense_rate(gpu, dtype) * (FP8_SPEEDUP if recipe.fp8 == "on" else 1.0)
     band = Band(peak * share.low, peak * share.expected, peak * share.high)

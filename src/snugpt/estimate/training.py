@@ -12,6 +12,7 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate import scratch
+from snugpt.estimate.compiled import compiled_layer
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import all_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
@@ -36,6 +37,11 @@ class TrainingStep:
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
         self.layers = {k: stack.layer_part(net, kinds.index(k)) for k in dict.fromkeys(kinds)}
+        # Only training is compiled; evaluation runs the layers as they are.
+        compiles = recipe.compile == "on"
+        self.trained = {
+            k: compiled_layer(net, part) if compiles else part for k, part in self.layers.items()
+        }
         self.embedding = stack.embedding_part(net)
         self.stream = net.per_token("residual stream", shape.model_dim, "C")
         self.gradient = net.gradient_of(self.stream)
@@ -78,7 +84,12 @@ class TrainingStep:
             self.placed.append(Placed(phase, layer, Segment(events, self.block_bytes)))
 
     def _place_layers(
-        self, phase: Phase, segment_of: Callable[[Part, bool], list[Event]], *, reverse: bool
+        self,
+        phase: Phase,
+        segment_of: Callable[[Part, bool], list[Event]],
+        *,
+        reverse: bool,
+        parts: dict[bool, Part] | None = None,
     ) -> None:
         """Place one segment per layer; each kind of layer is walked once, the first on its own.
 
@@ -90,7 +101,7 @@ class TrainingStep:
         for layer in reversed(layers) if reverse else layers:
             key = self.kinds[layer], layer == 0 and self.embedding_keeps
             if key not in made:
-                events = segment_of(self.layers[key[0]], key[1])
+                events = segment_of((parts or self.trained)[key[0]], key[1])
                 made[key] = Segment(events, self.block_bytes)
             self.placed.append(Placed(phase, layer, made[key]))
 
@@ -147,8 +158,9 @@ class TrainingStep:
         events += [Event(-1, state) for state in self.random_states[1:]]
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first).backward(
-            part.operations, part.entry, self.gradient, hold_entry=hold
-        )
+            part.operations, part.entry, self.gradient,
+            hold_entry=hold, entry_stays=entry_is_kept,
+        )  # fmt: skip
         self._same_tensor(left, self.gradient)
         return [*events, *backward, *(Event(-1, state) for state in self.random_states[:1])]
 
@@ -222,7 +234,8 @@ class TrainingStep:
         embedding = stack.embedding_part(net)
         self._place("evaluate", -1, forward(embedding.operations, None, keep=False))
         self._same_tensor(embedding.result, self.stream)
-        self._place_layers("evaluate", partial(self._layer_evaluated, net), reverse=False)
+        evaluated = partial(self._layer_evaluated, net)
+        self._place_layers("evaluate", evaluated, reverse=False, parts=self.layers)
         self._place("evaluate", last, forward([self.norm], self.stream, keep=False))
         losses = kind.token_losses(net, self.norm.result, self.chunk)
         events = forward([losses], self.norm.result, keep=False)

@@ -13,7 +13,7 @@ It follows PyTorch's rules, which are simple when every operation is one autogra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from snugpt.estimate.operations import Buffer, Operation, Weight
@@ -47,19 +47,23 @@ class Walk:
         incoming: Buffer,
         *,
         hold_entry: bool = False,
+        entry_stays: bool = False,
     ) -> tuple[list[Event], Buffer | None]:
         """Events of the reversed list; returns also the gradient of `entry` that is left alive.
 
-        `incoming` is the gradient of the last result. With `hold_entry` the entry goes at the end.
+        `incoming` is the gradient of the last result. With `hold_entry` the entry goes at the end,
+        with `entry_stays` somebody else keeps it.
         """
         events: list[Event] = []
         keepers = _count_keepers(operations)
         slots = {operations[-1].result: Held(incoming)}
-        if hold_entry and entry is not None:
-            keepers[entry] = keepers.get(entry, 0) + 1
+        if entry is not None:
+            keepers[entry] = keepers.get(entry, 0) + hold_entry + entry_stays
         for operation in reversed(operations):
             arrived = slots.pop(operation.result, None)
-            events += sequence(operation.backward)
+            own = {b for b in operation.keeps if keepers[b] == 1 and b in operation.backward}
+            shared = set(operation.keeps) - own
+            events += sequence([b for b in operation.backward if b not in shared], own)
             handed_on = [
                 (target, arrived if grad is None else Held(grad, view=operation.gives_views))
                 for target, grad in operation.gradients
@@ -69,7 +73,8 @@ class Walk:
                 _let_go(arrived, events)
             for buffer in operation.keeps:
                 keepers[buffer] -= 1
-                if not keepers[buffer] and not _is_gradient(operation, buffer):
+                gone = buffer in own or keepers[buffer] or _is_gradient(operation, buffer)
+                if not gone:
                     events.append(Event(-1, buffer))
             for target, held in handed_on:
                 assert held is not None
@@ -136,10 +141,13 @@ def recompute(operations: Sequence[Operation], entry: Buffer) -> list[Event]:
     return events
 
 
-def sequence(buffers: Sequence[Buffer]) -> list[Event]:
-    """A buffer is allocated where it is first named and freed where it is named again."""
+def sequence(buffers: Sequence[Buffer], given: Iterable[Buffer] = ()) -> list[Event]:
+    """A buffer is allocated where it is first named and freed where it is named again.
+
+    One that is `given` is alive already, and freed where it is first named.
+    """
     events: list[Event] = []
-    alive: set[Buffer] = set()
+    alive = set(given)
     for buffer in buffers:
         if buffer in alive:
             alive.remove(buffer)

@@ -222,6 +222,8 @@ class SwiGLU(Function):
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         grad_up = grad * up
+        if torch.compiler.is_compiling():  # knows no storage to reuse
+            return aten.silu_backward(grad_up, gate), torch.nn.functional.silu(gate).mul_(grad)
         grad_gate = aten.silu_backward(grad_up, gate)
         aten.silu.out(gate, out=grad_up)
         return grad_gate, grad_up.mul_(grad)
@@ -294,6 +296,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Rotate the two halves of the last axis against each other: (B, T, H, D), (T, 1, D / 2)."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
+    if torch.compiler.is_compiling():  # one kernel, but not into a slice
+        sin = sin * direction
+        return torch.cat((first * cos + second * sin, second * cos - first * sin), -1)
     out = torch.empty_like(x)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=direction)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=-direction)

@@ -11,6 +11,7 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,10 +59,20 @@ class Block(nn.Module):
         self.value_embedding = empty(shape.padded_vocab_size, KD) if mixes else None
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
+        self.compiled: tuple[Callable[..., Tensor], ...] | None = None  # the lever `compile = on`
+
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Both sublayers, (B, T, C) -> (B, T, C): what `checkpoint = blocks` recomputes."""
-        x = self.attention(x, inputs)
-        return self.mlp(x)
+        attention, mlp = self.sublayers
+        x = attention(x, inputs)
+        return mlp(x)
+
+    @property
+    def sublayers(self) -> tuple[Callable[..., Tensor], ...]:
+        """Attention and mlp as a call runs them: compiled ones only where gradients are made."""
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled
+        return self.attention, self.mlp
 
     def attention(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """x + out(attention(norm(x)))."""
@@ -168,8 +179,9 @@ class GPT(nn.Module):
             if self.recompute_blocks and torch.is_grad_enabled():
                 x = self.recomputed(block, x, inputs)
             else:
-                x = block.attention(x, inputs)
-                x = block.mlp(x)
+                attention, mlp = block.sublayers
+                x = attention(x, inputs)
+                x = mlp(x)
         if cache is not None:
             cache.length += tokens.shape[1]
             x = x[:, -1:]

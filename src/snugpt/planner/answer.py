@@ -275,6 +275,8 @@ def _notes(made: Draft, choice: Choice) -> tuple[str, ...]:
         notes.append("Apple GPUs are untested: predicted by CUDA's rules without flash attention")
     if gpu.backend == "cuda":
         notes.append("predicted; there is no record from a GPU yet")
+        if isinstance(choice.recipe, TrainingRecipe) and choice.recipe.compile == "on":
+            notes.append("compiled layers are predicted from the plan that PyTorch 2.13 makes")
         taken = gpu.usable_bytes - machine.capacity_bytes
         if taken > 0:
             notes.append(f"{gib(taken)} of the card are in use by others now")

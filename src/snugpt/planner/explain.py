@@ -106,6 +106,7 @@ def _levers(recipe: TrainingRecipe) -> dict[str, str | int]:
         "device_batch_size": recipe.device_batch_size,
         "grad_accum_steps": recipe.grad_accum_steps,
         "checkpoint": recipe.checkpoint,
+        "compile": recipe.compile,
         "loss": recipe.loss,
         "optimizer": recipe.optimizer,
     }

@@ -27,8 +27,8 @@ Step = tuple[str, Draft]
 MOST_SIMULATIONS = 6  # of one kind of change
 TRAINED_PARAMETER_BYTES = 12  # at least: weight, gradient and one moment, all fp32
 BF16_SHARE = 0.5  # at least what bf16 leaves of the bytes, on a card that has it
-LEVERS = ("device_batch_size", "grad_accum_steps", "checkpoint", "loss", "loss_chunk_tokens",
-          "compute_dtype", "batch", "weight_dtype")  # fmt: skip
+LEVERS = ("device_batch_size", "grad_accum_steps", "checkpoint", "compile", "loss",
+          "loss_chunk_tokens", "compute_dtype", "batch", "weight_dtype")  # fmt: skip
 
 
 def nearest(stuck: Draft) -> Iterator[tuple[str, Draft, Choice]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import msgspec
 
 from snugpt.errors import BadQuestionError
+from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.memory import (
     memory_estimate,
     peak_bytes,
@@ -89,19 +90,33 @@ def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> in
 def candidates(
     question: Question, shape: ModelShape, machine: Machine, batch: Amount, tokens: Amount
 ) -> tuple[Candidate, ...]:
-    """Return every allowed set of levers of a settled question, the largest batch first."""
+    """Return every allowed set of levers of a settled question, the largest batch first.
+
+    Raises:
+        BadQuestionError: `compile = on` is pinned where nothing can be compiled.
+    """
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
     measured = machine.measured_flops_per_s
     rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
+    runtime = runtime_of(shape, base, machine.gpu, machine.num_threads)
     found = []
+    why_not = None
     for checkpoint, device_batch, steps in _lever_sets(question, base):
         recipe = msgspec.structs.replace(
             base, checkpoint=checkpoint, device_batch_size=device_batch, grad_accum_steps=steps
         )
-        runtime = runtime_of(shape, recipe, machine.gpu, machine.num_threads)
+        if question.compile == "on" and base.stack == "snugpt":
+            why_not = why_not_compiled(shape, recipe, runtime)
+            if why_not:
+                continue
         process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime, recipe)
         step_s = step_time_s(shape, recipe, machine.gpu, rate)
         found.append(Candidate(recipe, process_bytes, step_s))
+    if not found:
+        raise BadQuestionError(
+            f"compile = 'on' is not allowed: {why_not}",
+            hint=command_line(question, compile="off"),
+        )
     return tuple(found)
 
 
@@ -199,6 +214,7 @@ def _base_recipe(
         loss=question.loss or "chunked",
         loss_chunk_tokens=loss_chunk_tokens(question, shape, seq_len),
         checkpoint="none",
+        compile=question.compile or "off",  # until a compiled step has run on a GPU
         optimizer=optimizer,
         schedule=schedule,
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import msgspec
 import torch
 
-from snugpt.errors import DoesNotFitError, FailedError
-from snugpt.estimate.memory import memory_estimate
+from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
+from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.memory import memory_estimate, runtime_of
+from snugpt.planner.command import command_line
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import training_recipe
 from snugpt.spec.plan import Plan
+from snugpt.spec.recipe import TrainingRecipe
 from snugpt.units import gib
 
 
@@ -17,11 +22,11 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     """Return the plan to run, predicted anew if somebody has edited it.
 
     Raises:
-        BadQuestionError: it is a plan to generate.
+        BadQuestionError: it is a plan to generate, or to compile what can't be compiled here.
         DoesNotFitError: it does not fit.
         FailedError: it is for a device that is not here.
     """
-    training_recipe(plan)
+    refuse_to_compile(plan, training_recipe(plan))
     plan = predicted_anew(plan, watcher)
     if not plan.fits:
         raise DoesNotFitError(
@@ -38,6 +43,25 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
             hint=f"snugpt plan --gpu cpu --layers {plan.shape.num_layers}",
         )
     return plan
+
+
+def refuse_to_compile(plan: Plan, recipe: TrainingRecipe) -> None:
+    """Say what stands against `compile = on`: an edited plan, or no Triton on this machine.
+
+    Raises:
+        BadQuestionError: something does.
+    """
+    if recipe.compile == "off":
+        return
+    runtime = runtime_of(plan.shape, recipe, plan.gpu, torch.get_num_threads())
+    why = why_not_compiled(plan.shape, recipe, runtime)
+    if why is None and importlib.util.find_spec("triton") is None:
+        why = "torch.compile needs Triton for CUDA, and it is not installed here"
+    if why is not None:
+        raise BadQuestionError(
+            f"compile = 'on' is not allowed: {why}",
+            hint=command_line(plan.question, compile="off").replace("plan", "train", 1),
+        )
 
 
 def predicted_anew(plan: Plan, watcher: Watcher) -> Plan:

@@ -211,6 +211,10 @@ class _Run:
             seed=recipe.schedule.seed,
         )  # fmt: skip
         self.model.recompute_blocks = recipe.checkpoint == "blocks"
+        if recipe.compile == "on":
+            from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
+
+            compile_sublayers(self.model)
         self.optimizers = optimizers_for(self.model, recipe)
         self.loader = TrainingLoader(
             tokens=self.data.train.tokens, seq_len=recipe.seq_len, seed=recipe.schedule.seed,

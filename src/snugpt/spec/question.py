@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from snugpt.errors import bad_value
-from snugpt.spec.recipe import Checkpoint, ComputeDtype, Launcher, Loss, Optimizer
+from snugpt.spec.recipe import Checkpoint, Compile, ComputeDtype, Launcher, Loss, Optimizer
 from snugpt.spec.shape import Style
 
 Objective = Literal["speed", "memory"]
@@ -51,6 +51,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss: Loss | None = None
     loss_chunk_tokens: int | None = None
     checkpoint: Checkpoint | None = None
+    compile: Compile | None = None
     optimizer: Optimizer | None = None
     fp8: bool | None = None
     objective: Objective = "speed"
@@ -131,7 +132,16 @@ TRAINING_ONLY = frozenset(
         *("num_iterations", "hours", "device_batch_size", "grad_accum_steps", "compute_dtype"),
         *("loss", "loss_chunk_tokens", "checkpoint", "optimizer", "learning_rate"),
         *("matrix_learning_rate", "weight_decay", "warmup_fraction", "cooldown_fraction"),
-        *("clip_norm", "seed", "eval_every", "save_every", "num_gpus", "launcher", "fp8"),
+        *(
+            "compile",
+            "clip_norm",
+            "seed",
+            "eval_every",
+            "save_every",
+            "num_gpus",
+            "launcher",
+            "fp8",
+        ),
     )
 )
 GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens", "weight_dtype"})

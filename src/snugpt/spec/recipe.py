@@ -17,6 +17,7 @@ Optimizer = Literal["muon", "adamw"]
 Checkpoint = Literal["none", "blocks"]
 Loss = Literal["chunked", "plain"]
 Launcher = Literal["python", "torchrun"]
+Compile = Literal["off", "on"]
 
 _COUNTS = (
     "seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens", "world_size",
@@ -82,7 +83,7 @@ class TrainingRecipe(
     state_dtype: Literal["fp32"] = "fp32"
     weight_dtype: Literal["master"] = "master"
     fp8: Literal["off", "on"] = "off"
-    compile: Literal["off", "on"] = "off"
+    compile: Compile = "off"
     sharding: Literal["none", "optimizer"] = "none"
     offload: Literal["none"] = "none"
     stack: str = "snugpt"  # the program that takes the step, resolved to its version

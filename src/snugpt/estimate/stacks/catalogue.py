@@ -90,7 +90,7 @@ SNUGPT = Stack(
             "checkpoint": ("none", "blocks"),
             "optimizer": ("muon", "adamw"),
             "fp8": ("off",),
-            "compile": ("off",),
+            "compile": ("off", "on"),
             "sharding": ("none",),
             "compute_dtype": ("bf16", "fp32"),
             "launcher": ("python",),
