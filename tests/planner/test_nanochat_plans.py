@@ -237,3 +237,13 @@ def test_every_field_is_either_planned_or_refused_by_its_name(stack: str) -> Non
     for field, value in lacking.items():
         with pytest.raises(BadQuestionError, match=rf"^{field} = .* is not an option of {stack}"):
             plan(gpu="h100", depth=4, stack=stack, **{field: value})
+
+
+def test_without_its_compiler_july_needs_more_and_its_command_says_how() -> None:
+    compiled = plan(stack="nanochat", gpu="h100", depth=12, device_batch_size=16)
+    eager = plan(stack="nanochat", gpu="h100", depth=12, device_batch_size=16, compile="off")
+    assert eager.memory.allocated_bytes > 1.2 * compiled.memory.allocated_bytes
+    assert eager.speed.tokens_per_s.expected < compiled.speed.tokens_per_s.expected
+    assert eager.command.startswith("TORCHDYNAMO_DISABLE=1 python -m scripts.base_train ")
+    with pytest.raises(BadQuestionError, match=r"compile = 'off' is not an option.*autocast"):
+        plan(stack="nanochat@2025-10", gpu="h100", depth=12, compile="off")

@@ -223,7 +223,7 @@ def _base_recipe(
 def _nanochat_recipe(
     question: Question, machine: Machine, seq_len: int, batch: int, tokens: int
 ) -> TrainingRecipe:
-    """What nanochat does of itself: it always compiles, and never chunks or recomputes."""
+    """What nanochat does of itself: it compiles, and never chunks or recomputes."""
     world_size = num_gpus_of(question)
     return TrainingRecipe(
         seq_len=seq_len,
@@ -238,7 +238,7 @@ def _nanochat_recipe(
         checkpoint="none",
         optimizer="muon",
         fp8="on" if question.fp8 else "off",
-        compile="on",
+        compile=question.compile or "on",
         sharding="optimizer" if world_size > 1 else "none",
         stack=find_stack(question.stack).name,
         launcher=launcher_of(question),

@@ -130,18 +130,9 @@ TRAINING_ONLY = frozenset(
     (
         *("input", "batch_size", "total_batch_tokens", "total_tokens", "tokens_per_param"),
         *("num_iterations", "hours", "device_batch_size", "grad_accum_steps", "compute_dtype"),
-        *("loss", "loss_chunk_tokens", "checkpoint", "optimizer", "learning_rate"),
+        *("loss", "loss_chunk_tokens", "checkpoint", "compile", "optimizer", "learning_rate"),
         *("matrix_learning_rate", "weight_decay", "warmup_fraction", "cooldown_fraction"),
-        *(
-            "compile",
-            "clip_norm",
-            "seed",
-            "eval_every",
-            "save_every",
-            "num_gpus",
-            "launcher",
-            "fp8",
-        ),
+        *("clip_norm", "seed", "eval_every", "save_every", "num_gpus", "launcher", "fp8"),
     )
 )
 GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens", "weight_dtype"})

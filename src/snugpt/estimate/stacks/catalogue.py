@@ -20,19 +20,11 @@ from snugpt.estimate.stacks.nanochat.step import NanochatStep
 from snugpt.estimate.stacks.nanochat.versions import VERSIONS, Version
 from snugpt.estimate.timeline import Timeline
 from snugpt.estimate.training import TrainingStep
-from snugpt.spec.memory import Band
 from snugpt.spec.recipe import Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
 
 Levers = Mapping[str, tuple[str, ...]]
-# Share of the dense rate that eager PyTorch reaches in training; published runs of compiled
-# nanochat are above. Assumed.
-EAGER_SHARE = Band(0.20, 0.35, 0.50)
-# Printed by nanochat on H100s: 41 % (12 layers), 46 to 50 % (16 to 32 layers), 59 % (24 layers in
-# FP8, counted in bf16). Assumed for other cards.
-COMPILED_SHARE = Band(0.38, 0.46, 0.55)
-FP8_SPEEDUP = 1.17  # of 26 layers on 8 H100s (nanochat's log, 2 February 2026)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +37,6 @@ class Stack:
         options: its own names for fields of a Question that go on its command line; a field of
             training that is neither here, nor a lever, nor the planner's own, it lacks.
         most_gpus: how many cards it runs on at once.
-        training_share: share of a card's dense rate that its training reaches.
         expandable_segments: whether it has PyTorch grow segments in place.
         version: nanochat's version; None for snugpt.
     """
@@ -54,7 +45,6 @@ class Stack:
     levers: Levers
     options: Mapping[str, str]
     most_gpus: int
-    training_share: Band
     expandable_segments: bool
     timeline: Callable[[ModelShape, TrainingRecipe, Runtime], Timeline]
     parameter_groups: Callable[[ModelShape], dict[ParameterGroup, int]]
@@ -98,7 +88,6 @@ SNUGPT = Stack(
     ),
     options=MappingProxyType({}),
     most_gpus=1,
-    training_share=EAGER_SHARE,
     expandable_segments=False,
     timeline=_snugpt_timeline,
     parameter_groups=parameter_groups,
@@ -123,7 +112,6 @@ def _nanochat(version: Version) -> Stack:
         ),
         options=version.options,
         most_gpus=8,
-        training_share=COMPILED_SHARE,
         expandable_segments=True,
         timeline=partial(_nanochat_timeline, version),
         parameter_groups=partial(nanochat.parameter_groups, version),

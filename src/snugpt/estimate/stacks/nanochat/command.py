@@ -56,10 +56,13 @@ def base_train_command(
 
 
 def _start(recipe: TrainingRecipe) -> list[str]:
+    """The program; nanochat has no flag against its compiler, PyTorch has a variable."""
+    switch = ["TORCHDYNAMO_DISABLE=1"] if recipe.compile == "off" else []
     if recipe.launcher == "python":
-        return ["python", "-m", SCRIPT]
+        return [*switch, "python", "-m", SCRIPT]
     return [
-        "torchrun", "--standalone", f"--nproc_per_node={recipe.world_size}", "-m", SCRIPT, "--",
+        *switch, "torchrun", "--standalone", f"--nproc_per_node={recipe.world_size}",
+        "-m", SCRIPT, "--",
     ]  # fmt: skip
 
 

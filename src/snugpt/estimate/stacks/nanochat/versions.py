@@ -86,6 +86,7 @@ _MARCH = {
     "fp8": "fp8",
 }
 
+_EAGER_UNDER_AUTOCAST = "compile", "without its compiler it runs under autocast, not derived"
 OCTOBER = Version(
     name="nanochat@2025-10",
     date="2025-10-24",
@@ -103,6 +104,7 @@ OCTOBER = Version(
     clips=True,
     fp8=False,
     options=MappingProxyType(_OCTOBER),
+    lacks=(_EAGER_UNDER_AUTOCAST,),
 )
 FEBRUARY = Version(
     name="nanochat@2026-02",
@@ -121,7 +123,7 @@ FEBRUARY = Version(
     clips=False,
     fp8=False,
     options=MappingProxyType(_FEBRUARY),
-    lacks=(("fp8", "its FP8 is torchao's, whose memory is not derived"),),
+    lacks=(("fp8", "its FP8 is torchao's, whose memory is not derived"), _EAGER_UNDER_AUTOCAST),
 )
 MARCH = Version(
     name="nanochat@2026-03",
