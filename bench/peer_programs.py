@@ -144,16 +144,16 @@ say(["torch-kitsune", "torch"], fp32=total("float32"), bf16=total("bfloat16"))
 PEERS: dict[str, Peer] = {
     "accelerate": Peer(
         ("accelerate==1.15", "transformers"), ACCELERATE,
-        "batch and sequence are no inputs; an untied head is left out", needs_torch=True,
+        "batch, sequence, an untied head", needs_torch=True,
     ),
     "vram-check": Peer(
-        ("vram-check==0.1.1",), VRAM_CHECK, "sequence length is ignored"
+        ("vram-check==0.1.1",), VRAM_CHECK, "sequence length"
     ),
     "fitcheck-llm": Peer(
-        ("fitcheck-llm==0.3.1",), FITCHECK, "no bf16 over fp32 weights; total adds its overhead"
+        ("fitcheck-llm==0.3.1",), FITCHECK, "bf16 over fp32; total adds overhead"
     ),
     "llm-analysis": Peer(
-        ("llm-analysis==0.2.2",), LLM_ANALYSIS, "logits once in 2 bytes; mlp a multiple of width"
+        ("llm-analysis==0.2.2",), LLM_ANALYSIS, "logits but for one copy in 2 bytes"
     ),
     "deepspeed": Peer(
         ("deepspeed==0.19.8",), DEEPSPEED, "states only, as it says", needs_torch=True
