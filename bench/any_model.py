@@ -12,7 +12,9 @@ and neither is that in the requested bytes.
 The last table has three cases whose peaks are known from an earlier tracer. That one raised the
 logits to fp32 before `cross_entropy`. PyTorch's CUDA autocast does not: its list has `log_softmax`
 and `nll_loss`, and `cross_entropy` asks `log_softmax` for the dtype of its input. So both ways are
-shown; a model that raises its logits itself, as Hugging Face's do, is the same in both.
+shown; a model that raises its logits itself, as Hugging Face's do, is the same in both. A loop that
+holds its output during backward, as nanoGPT's own does, keeps the bf16 logits besides: for cases A
+and B that comes to the same bytes as the raised ones (`keep_outputs`, see bench/peers.py).
 """
 
 from __future__ import annotations

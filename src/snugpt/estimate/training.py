@@ -143,13 +143,14 @@ class TrainingStep:
     def _backward(self, *, first: bool) -> None:
         tied = {"embedding": 2} if self.shape.tied_embeddings else {}
         walk = Walk(first, tied)
+        # The gradient of the loss itself, 1: the caller holds it until all of backward is done.
         root = self.net.fixed("loss", "logits", FP32, "4")
-        events, left = walk.backward([self.norm, self.loss], self.stream, root)
+        events, left = walk.backward([self.norm, self.loss], self.stream, root, incoming_stays=True)
         self._place("backward", self.shape.num_layers, [Event(1, root), *events])
         self._same_tensor(left, self.gradient)
         self._place_layers("backward", partial(self._layer_backward, first), reverse=True)
         events, _ = walk.backward(self.embedding.operations, None, self.gradient)
-        self._place("backward", -1, events)
+        self._place("backward", -1, [*events, Event(-1, root)])
 
     def _layer_backward(self, first: bool, part: Part, entry_is_kept: bool) -> list[Event]:
         assert part.entry is not None

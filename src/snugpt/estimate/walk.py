@@ -48,15 +48,16 @@ class Walk:
         *,
         hold_entry: bool = False,
         entry_stays: bool = False,
+        incoming_stays: bool = False,
     ) -> tuple[list[Event], Buffer | None]:
         """Events of the reversed list; returns also the gradient of `entry` that is left alive.
 
         `incoming` is the gradient of the last result. With `hold_entry` the entry goes at the end,
-        with `entry_stays` somebody else keeps it.
+        with `entry_stays` somebody else keeps it, as with `incoming_stays` the incoming gradient.
         """
         events: list[Event] = []
         keepers = _count_keepers(operations)
-        slots = {operations[-1].result: Held(incoming)}
+        slots = {operations[-1].result: Held(incoming, holders=1 + incoming_stays)}
         if entry is not None:
             keepers[entry] = keepers.get(entry, 0) + hold_entry + entry_stays
         for operation in reversed(operations):
