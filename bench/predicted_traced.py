@@ -10,7 +10,6 @@ its own, torch's import included.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from recorder import recipe_for  # noqa: E402
 
 from snugpt.estimate.comparison import compare  # noqa: E402
 from snugpt.estimate.memory import batch_of, timeline_of  # noqa: E402
+from snugpt.spec.host import peak_resident_bytes  # noqa: E402
 from snugpt.spec.recipe import GenerationRecipe  # noqa: E402
 from snugpt.spec.runtime import Runtime  # noqa: E402
 from snugpt.spec.shape import shape_for  # noqa: E402
@@ -76,7 +76,7 @@ def cost() -> str:
     start = time.perf_counter()
     trace(shape, recipe, runtime)
     seconds = time.perf_counter() - start
-    resident_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    resident_mib = peak_resident_bytes() / MIB
     return f"{seconds:.1f} s, {resident_mib:.0f} MiB resident at most"
 
 

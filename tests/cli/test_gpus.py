@@ -8,7 +8,6 @@ import pytest
 
 from snugpt.cli.main import run
 from snugpt.spec.catalogue import catalogue
-from snugpt.units import GIB
 
 HEAD, FOOT = 1, 1
 
@@ -37,12 +36,8 @@ def test_filters_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--min-memory", "24", "--capability", "8.9", "--backend", "cuda", "--json"]
     assert run(["gpus", *flags]) == 0
     found = {gpu["id"] for gpu in json.loads(capsys.readouterr().out)["gpus"]}
-    expected = {
-        gpu.id
-        for gpu in catalogue().values()
-        if gpu.usable_bytes >= 24 * GIB and gpu.backend == "cuda" and gpu.capability >= (8, 9)
-    }
-    assert found == expected != set()
+    assert found >= {"rtx-4090", "rtx-5090", "l4", "l40s", "h100-80gb"}
+    assert found.isdisjoint({"rtx-3090", "rtx-4080", "a100-40gb", "m2-max-96gb"})
 
 
 def test_a_search_finds_words_in_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,8 @@ def test_predicted_and_traced_agree_phase_by_phase_and_name_by_name(door: Door) 
 @pytest.mark.parametrize(
     "command",
     [D2, "snugpt trace --gpu gtx-1070 --task generate --preset tiny",
-     "snugpt trace --gpu cpu --depth 1 --style gpt2 --dropout 0.1 --seq-len 64"],
+     "snugpt trace --gpu cpu --depth 1 --style gpt2 --dropout 0.1 --seq-len 64",
+     "snugpt trace --gpu rtx-4090 --depth 3 --dropout 0.1"],
 )  # fmt: skip
 def test_the_screen_says_agree_within_80_columns(door: Door, command: str) -> None:
     done = door(command)
@@ -74,6 +75,8 @@ def test_a_difference_is_an_error_that_names_both_figures(
     assert "DIFFER" in done.out
     assert "first in forward" in done.out
     assert "a bug in snugpt" in done.err
+    assert "mlp activations" not in done.out  # behind the parting no tensor has a sure name
+    assert "activations" in done.out
 
 
 def test_compiled_layers_are_not_traced_and_the_way_out_is_named(door: Door) -> None:
@@ -81,6 +84,15 @@ def test_compiled_layers_are_not_traced_and_the_way_out_is_named(door: Door) -> 
     assert done.code == 2
     assert "compile = 'on' is not traced" in done.err
     assert "hint: snugpt trace --gpu rtx-4090 --depth 2 --compile off" in done.err
+
+
+def test_a_trace_that_takes_long_says_so_before(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snugpt.cli.trace.MANY_CHUNKS", 3)
+    command = "snugpt trace --gpu cpu --depth 1 --seq-len 64 --device-batch-size 1"
+    assert "4 chunks of 16 tokens" in door(f"{command} --loss-chunk-tokens 16").err
+    assert door(f"{command} --loss-chunk-tokens 32").err == ""
 
 
 def test_a_snapshot_is_replayed_and_drawn(door: Door, elsewhere: Path) -> None:

@@ -54,7 +54,7 @@ def random_shape(draw: random.Random, *, drops: bool) -> ModelShape:
         mlp=draw.choice([None, 4 * width, 3 * width + 8, 16]),
         vocab_size=vocab,
         tie=draw.choice([None, True, False]),
-        dropout=0.1 if drops and style == "gpt2" and draw.random() < 0.4 else 0.0,
+        dropout=0.1 if drops and draw.random() < 0.2 else 0.0,
         window_pattern=draw.choice(["L", "S", "SL", "SSSL"]),
     )
 

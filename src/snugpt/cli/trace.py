@@ -15,9 +15,11 @@ from snugpt.cli.screen import colour
 from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
 from snugpt.planner.command import command_line
 from snugpt.spec.plan import Plan, read_plan
+from snugpt.spec.question import Question
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.units import gib
 
+MANY_CHUNKS, S_PER_CHUNK = 2000, 0.003  # of two micro-steps and an evaluation
 MODEL_FLAGS = {"gpu", "batch_size", "seq_len", "compute_dtype", "task"}
 AUTOCAST = {"bf16": "bf16", "fp32": None}  # of compute_dtype; the card decides where it is not said
 
@@ -80,7 +82,7 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
     if isinstance(plan.recipe, TrainingRecipe) and plan.recipe.compile == "on":
         raise BadQuestionError(
             "compile = 'on' is not traced: what is compiled runs on its GPU only",
-            hint=command_line(plan.question, compile="off").replace("plan", "trace", 1),
+            hint=_traces(plan.question, compile="off"),
         )
     from snugpt.cli import trace_screen
     from snugpt.estimate.comparison import compare
@@ -90,6 +92,8 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
     from snugpt.tracing.steps import trace as trace_recipe
 
     runtime = runtime_of(plan.shape, plan.recipe, plan.gpu, default_num_threads())
+    if isinstance(plan.recipe, TrainingRecipe):
+        _warn_of_chunks(plan.recipe)
     traced = trace_recipe(plan.shape, plan.recipe, runtime)
     predicted = timeline_of(plan.shape, plan.recipe, runtime)
     found = compare(predicted, batch_of(plan.recipe), traced)
@@ -104,8 +108,25 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
         raise FailedError(
             f"predicted {found.peak.predicted:,} and traced {found.peak.measured:,} bytes differ:"
             " a bug in snugpt",
-            hint="snugpt trace ... --json, and report it",
+            hint=_traces(plan.question) + " --json",
         )
+
+
+def _traces(question: Question, **changed: Any) -> str:
+    """The command that traces a question."""
+    return command_line(question, **changed).replace("plan", "trace", 1)
+
+
+def _warn_of_chunks(recipe: TrainingRecipe) -> None:
+    """Say beforehand what takes long: each chunk of the loss is traced by itself."""
+    if recipe.chunk_tokens is None:
+        return
+    number = -(-recipe.micro_batch_tokens // recipe.chunk_tokens)
+    if number > MANY_CHUNKS:
+        click.echo(
+            f"the loss has {number:,} chunks of {recipe.chunk_tokens} tokens, traced one by one:"
+            f" about {number * S_PER_CHUNK / 60:.0f} minutes", err=True, color=colour(),
+        )  # fmt: skip
 
 
 def is_named_model(target: str) -> bool:

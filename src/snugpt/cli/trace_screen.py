@@ -37,6 +37,13 @@ def screen(plan: Plan, found: Comparison) -> Iterator[str]:
     yield from (_line(f"  {phase}", pair) for phase, pair in found.phases.items())
     yield _line(f"peak, in {found.predicted_phase}", found.peak)
     yield ""
+    yield from _by_name(found) if found.parting is None else _by_category(found)
+    yield ""
+    yield from row("apart", _apart(found))
+    yield from row("traced", "the code that runs, on PyTorch's meta device: no GPU, no memory")
+
+
+def _by_name(found: Comparison) -> Iterator[str]:
     yield _cells("alive at the peak", "predicted", "traced", "ratio") + "  made in"
     for term in found.terms[:SHOWN_TERMS]:
         yield _line(f"  {term.name}", term.bytes) + f"  {_place(term.made_in)}".rstrip()
@@ -44,9 +51,12 @@ def screen(plan: Plan, found: Comparison) -> Iterator[str]:
     if rest:
         sums = Pair(sum(t.bytes.predicted for t in rest), sum(t.bytes.measured for t in rest))
         yield _line(f"  {len(rest)} smaller", sums)
-    yield ""
-    yield from row("apart", _apart(found))
-    yield from row("traced", "the code that runs, on PyTorch's meta device: no GPU, no memory")
+
+
+def _by_category(found: Comparison) -> Iterator[str]:
+    """Behind the point where the two part a traced tensor has no predicted name."""
+    yield _cells("alive at the peak", "predicted", "traced", "ratio")
+    yield from (_line(f"  {kind}", pair) for kind, pair in found.categories.items())
 
 
 def as_json(plan: Plan, found: Comparison) -> dict[str, Any]:
@@ -108,5 +118,6 @@ def _place(made_in: str) -> str:
 def _wrapped(text: str, columns: int) -> list[str]:
     if len(text) <= columns:
         return [text]
-    cut = text.rfind(", ", 0, columns) + 1 or columns
-    return [text[:cut], text[cut:].strip()]
+    cut = text.rfind(", ", 0, columns)
+    cut = columns if cut < 0 else cut
+    return [text[:cut], text[cut:].lstrip(", ")]

@@ -198,7 +198,7 @@ class GPT(nn.Module):
         device = self.runtime.device
         x = op.Embedding.apply(self.embedding, tokens, self.dtype, device)
         if self.shape.style == "nanochat":
-            return op.RMSNorm.apply(x, device)
+            x = op.RMSNorm.apply(x, device)
         if self.positions is not None:
             x = op.Positions.apply(x, self.positions, start)
         dropout = self.shape.dropout if self.training else 0.0
