@@ -52,9 +52,14 @@ def test_every_command_of_the_readme_runs_in_order(elsewhere, capsys) -> None:
 
 
 def test_the_python_of_the_readme_runs(elsewhere, capsys) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    plans, traces = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(plans, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
+    exec(compile(traces, "README.md", "exec"), {})
+    allocated, phase, largest = capsys.readouterr().out.split()
+    assert int(allocated) > 2 * 8 * 512 * 5000 * 2  # logits and their gradient, in bf16
+    assert phase == "backward"
+    assert int(largest) > 8
 
 
 def test_the_two_commands_of_a_newcomer_are_targets_of_the_makefile() -> None:
