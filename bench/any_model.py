@@ -101,7 +101,8 @@ def mem_tracker_peak(case: Case, dtype: torch.dtype | None) -> int:
                 batch = case.batch(case.batch_size)
             with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = called(model, batch)
-                loss, _ = loss_of(output)
+                loss = loss_of(output)
+                assert loss is not None, "a case without a loss"
             del output
             loss.backward()
             del loss, batch

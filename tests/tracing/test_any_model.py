@@ -110,7 +110,9 @@ def test_the_users_module_is_not_touched() -> None:
 def test_a_model_is_copied_without_its_data() -> None:
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))  # 8 MiB
     with CpuAllocations(keep_events=False) as allocations:
-        traced = snugpt.trace(model, torch.empty(1, 512), gpu="t4")
+        traced = snugpt.trace(
+            model, torch.empty(1, 512), gpu="t4", loss=lambda output, batch: output.sum()
+        )
     assert allocations.peak_bytes < 2**18
     assert traced.requested_bytes > 3 * 2**23
 
@@ -161,7 +163,7 @@ class Similarity(nn.Module):
 
     def forward(self, x):
         y = self.layer(x)
-        return (y @ y.t()).logsumexp(0)
+        return (y @ y.t()).logsumexp(0).sum()
 
 
 def test_memory_that_is_no_line_over_the_batch_is_searched_by_traces() -> None:
@@ -231,18 +233,37 @@ def test_losses_are_found_where_models_put_them() -> None:
         lambda y: Output(loss=y.sum(), logits=y), lambda y: type("O", (), {"loss": y.sum()})(),
     ):  # fmt: skip
         assert snugpt.trace(Model(wrap), x).notes == ()
-    for wrap in (lambda y: y, lambda y: (y, None)):
-        assert "its sum stands for the loss" in snugpt.trace(Model(wrap), x).notes[0]
     given = snugpt.trace(Model(lambda y: [y, y]), x, loss=lambda output, batch: output[0].sum())
     assert given.notes == ()
     for wrap, said in (
-        (lambda y: [y, y], "list of Tensor, Tensor"),
+        (lambda y: y, r"a tensor 2 x 4 \(bfloat16\), in which there is no scalar loss"),
+        (lambda y: (y, None), r"tuple of a tensor 2 x 4 \(bfloat16\), None"),
+        (lambda y: [y, y], "list of a tensor"),
         (lambda y: Output(logits=y), "Output with logits"),
-        (lambda y: y.detach(), "a tensor without a gradient"),
-        (lambda y: None, "NoneType"),
+        (lambda y: y.sum().detach(), "of one value without a gradient"),
+        (lambda y: None, "returned None"),
     ):
-        with pytest.raises(BadQuestionError, match=said):
-            snugpt.trace(Model(wrap), x)
+        with pytest.raises(BadQuestionError, match=said) as caught:
+            snugpt.trace(Model(wrap), x, gpu="h100")
+        assert "loss=" in caught.value.hint
+    with pytest.raises(BadQuestionError, match="loss = 'a tensor 2 x 4"):
+        snugpt.trace(Model(lambda y: y), x, loss=lambda output, batch: output, gpu="h100")
+
+
+def test_the_parameters_that_got_nothing_are_named_where_a_loss_is_missing() -> None:
+    class Model(nn.Linear):
+        def forward(self, x, tgt=None, *, weights=None, **more):
+            return super().forward(x)
+
+    for batch in ({"x": torch.zeros(2, 4)}, (torch.zeros(2, 4),), torch.zeros(2, 4)):
+        with pytest.raises(BadQuestionError, match="of forward's parameters tgt, weights got"):
+            snugpt.trace(Model(4, 4), batch, gpu="h100")
+    assert snugpt.trace(Model(4, 4), torch.zeros(2, 4), train=False, gpu="h100").fits
+
+
+def test_a_forward_pass_needs_no_loss() -> None:
+    traced = snugpt.trace(Perceptron(), torch.zeros(2, 96), train=False, gpu="h100")
+    assert list(traced.phases) == ["forward"]
 
 
 class Does(nn.Module):
@@ -253,7 +274,7 @@ class Does(nn.Module):
         self.layer, self.what = nn.Linear(4, 4), what
 
     def forward(self, x):
-        return self.what(self.layer(x))
+        return self.what(self.layer(x)).sum()
 
 
 @pytest.mark.parametrize(
@@ -302,12 +323,12 @@ class Contexts(nn.Module):
         with self.on:
             assert self.layer(x).dtype == torch.bfloat16
             with self.off:
-                return self.layer(x)
+                return self.layer(x).sum()
 
 
 def test_contexts_that_a_model_keeps_are_obeyed() -> None:
     traced = snugpt.trace(Contexts, torch.zeros(2, 4), dtype=None)
-    assert traced.notes == ("the model returned a tensor 2 x 4; its sum stands for the loss",)
+    assert traced.notes == ()
     with pytest.warns(UserWarning, match="Disabling autocast"):
         made_before = torch.autocast("cuda", torch.bfloat16)
 
@@ -364,11 +385,21 @@ def test_code_for_cuda_is_understood() -> None:
             assert grad.is_cuda
             return grad.cuda() * 2
 
+    def by_number(y):
+        for device in (
+            torch.device("cuda", 0), torch.device("cuda", index=1), torch.device("cuda:0"),
+            torch.device(type="cuda", index=0), torch.device(type="cuda"), torch.device(0),
+        ):  # fmt: skip
+            y = y.to(device) + torch.zeros(4, device=device) + nn.Linear(4, 4).to(device)(y)
+        assert torch.device("cpu", 0).type == "cpu"
+        return y.to(0) + torch.ones(4, device=0) + nn.Linear(4, 4).to(0)(y)
+
     def compiles(y):
         assert torch.compile(moves) is moves
         return Twice.apply(moves(y))
 
     assert snugpt.trace(Does(compiles), torch.zeros(2, 4)).batch_size == 2
+    assert snugpt.trace(Does(by_number), torch.zeros(2, 4)).batch_size == 2
 
 
 def test_modes_and_patches_are_gone_after_a_trace_that_failed() -> None:
@@ -394,7 +425,7 @@ class Does(nn.Module):
         super().__init__()
         self.layer, self.what = nn.Linear(8, 8), what
     def forward(self, x):
-        return self.what(self.layer(x))
+        return self.what(self.layer(x)).sum()
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 2
@@ -468,8 +499,10 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())\n"
         "        return logits, loss\n"
         "def build(): return Model()\n"
-        "def with_batch(): return Model().head, torch.zeros(6, 8)\n"
-        "def sized(batch_size=1): return Model().head, torch.zeros(batch_size, 8)\n"
+        "class Mean(nn.Linear):\n"
+        "    def forward(self, x): return super().forward(x).mean()\n"
+        "def with_batch(): return Mean(8, 50), torch.zeros(6, 8)\n"
+        "def sized(batch_size=1): return Mean(8, 50), torch.zeros(batch_size, 8)\n"
         "def raises():\n"
         "    raise ValueError('no such\\nlayer')\n"
         "number = 3\n"
@@ -503,7 +536,7 @@ def test_a_name_that_leads_nowhere_says_what_may_have_been_meant(named: str) -> 
     ):
         with pytest.raises(BadQuestionError, match=said):
             trace_named(spec)
-    with pytest.raises(FailedError, match=rf"{named}\.py:15: `raise ValueError.*no such layer"):
+    with pytest.raises(FailedError, match=rf"{named}\.py:17: `raise ValueError.*no such layer"):
         trace_named(f"{named}:raises")
     with pytest.raises(FailedError, match=rf"{named}_broken\.py:2: `1 / 0` raised ZeroDivision"):
         trace_named(f"{named}_broken:build")

@@ -36,9 +36,11 @@ from snugpt.tracing.placing import (
     batch_maker,
     building,
     called,
+    described,
     loose_tensors,
     loss_of,
     model_on_meta,
+    no_loss,
     uncompiled,
 )
 from snugpt.tracing.refusals import refusal
@@ -82,7 +84,8 @@ def trace(
             the card has it.
         optimizer: "adamw" is PyTorch's, fused on CUDA; a function takes the parameters and returns
             an optimizer; None leaves the step without one.
-        loss: a function of output and batch; by default the loss that the model returns.
+        loss: a function of output and batch that returns a scalar; by default the scalar loss that
+            the model returns (alone, in a tuple or as `loss`).
         train: False traces a forward pass without gradients.
         clip_norm: the norm that gradients are clipped to; None leaves them.
         grad_accum_steps: micro-batches to a step.
@@ -162,7 +165,6 @@ class Tracer:
 
     def _run(self, batch_size: int) -> Recorded:
         runtime = self.runtime
-        notes: list[str] = []
         model = copy.deepcopy(self.model).train(self.train)
         with ExitStack() as stack:
             stack.enter_context(_without_collector())
@@ -172,13 +174,13 @@ class Tracer:
             device = stack.enter_context(OnDevice(runtime.device == "cuda"))
             allocations = stack.enter_context(ModelAllocations(runtime))
             try:
-                timeline = self._steps(model, batch_size, allocations, ways, notes)
+                timeline = self._steps(model, batch_size, allocations, ways)
             except Exception as error:
                 raise refusal(error, allocations.phase) from error
         return Recorded(
             timeline,
             dict(ways.attention),
-            tuple(dict.fromkeys((*notes, *_notes(self.machine, ways, device, allocations)))),
+            tuple(_notes(self.machine, ways, device, allocations)),
         )
 
     def _steps(
@@ -187,7 +189,6 @@ class Tracer:
         batch_size: int,
         allocations: ModelAllocations,
         ways: Ways,
-        notes: list[str],
     ) -> Timeline:
         _label_weights(allocations, model)
         weights = [each for each in model.parameters() if each.requires_grad]
@@ -205,10 +206,10 @@ class Tracer:
                     gc.collect(0)  # what the first step left in circles
                     ways.attention.clear()
                     allocations.begin("forward")
-                self._step(model, weights, optimizers, allocations, batch_size, notes)
+                self._step(model, weights, optimizers, allocations, batch_size)
         return allocations.timeline(self.runtime.block_bytes)  # before the model goes
 
-    def _step(self, model, weights, optimizers, allocations, batch_size, notes) -> None:
+    def _step(self, model, weights, optimizers, allocations, batch_size) -> None:
         """One optimizer step, or one forward pass; nothing but state outlives it."""
         if not self.train:
             with torch.no_grad():
@@ -220,9 +221,7 @@ class Tracer:
             batch = self._batch(allocations, batch_size)
             with self._casting():
                 output = called(model, batch)
-                loss, note = self._loss(output, batch)
-            if note:
-                notes.append(note)
+                loss = self._loss(model, output, batch)
             if not self.keep_outputs:
                 del output
             allocations.mark("backward")
@@ -248,10 +247,20 @@ class Tracer:
             return nullcontext()
         return torch.autocast("cuda", self.autocast)
 
-    def _loss(self, output: Any, batch: Any) -> tuple[Tensor, str]:
+    def _loss(self, model: nn.Module, output: Any, batch: Any) -> Tensor:
         if self.loss is None:
-            return loss_of(output)
-        return loss_of(self.loss(output, batch))
+            found = loss_of(output)
+            if found is None:
+                raise no_loss(output, model, batch)
+            return found
+        made = self.loss(output, batch)
+        found = loss_of(made)
+        if found is None:
+            raise bad_value(
+                "loss", described(made), "the function returns a scalar with a gradient",
+                hint="snugpt.trace(..., loss=lambda output, batch: output.float().mean())",
+            )  # fmt: skip
+        return found
 
     def _batch(self, allocations: ModelAllocations, size: int) -> Any:
         make, _ = batch_maker(self.batch)

@@ -41,6 +41,18 @@ NO_CUDA = (
 )
 
 
+class Remedy(str):
+    """A hint for Python, with the flags that mean the same to `snugpt trace`; None drops one."""
+
+    flags: dict[str, str | None]
+
+    def __new__(cls, python: str, **flags: str | None) -> Remedy:
+        """Keep the flags beside the text."""
+        made = super().__new__(cls, python)
+        made.flags = flags
+        return made
+
+
 class MixedDevicesError(RuntimeError):
     """One operation is given tensors of the model's device and of the CPU."""
 
