@@ -178,3 +178,74 @@ def test_a_model_that_cannot_be_traced_is_one_line(
 ) -> None:
     error, _ = refusal(door(f"snugpt trace {own_model}{end}"), code)
     assert said in error
+
+
+HEAD = "import sys, json, torch\nfrom torch import nn\n"
+LINEAR = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(512, 64)
+    def forward(self, x, labels=None):
+        {body}
+        return self.embedding(x).mean()
+"""
+ODD = "class Odd(BaseException):\n    def __str__(self): raise RuntimeError('no words')\n"
+USERS_CODE = {
+    "a_triple": ("def build(): return nn.Linear(2, 2), None, 3", 2, "'tuple of Linear, None, int'"),
+    "no_model": ("def build(): return 3", 2, "a model or a pair (model, batch)"),
+    "odd": (f"{ODD}def build(): raise Odd", 1, "raise Odd` raised Odd: (its __str__ raised Runt"),
+    "exit_at_import": ("sys.exit(0)", 1, "{name}.py:3: `sys.exit(0)` raised SystemExit: 0"),
+    "exit_in_build": ("def build(): sys.exit()", 1, "raised SystemExit"),
+    "exit_in_forward": (LINEAR.format(body="raise SystemExit(0)"), 1, "raised SystemExit: 0"),
+    "stops_in_forward": (LINEAR.format(body="raise GeneratorExit"), 1, "raised GeneratorExit"),
+    "stop_iteration": ("def build(): next(iter(()))", 1, "next(iter(()))` raised StopIteration"),
+    "syntax": ("def build(:\n", 1, "{name}.py:3: `def build(:` raised SyntaxError: invalid syntax"),
+    "library": ("def build(): return json.loads('[')", 1, "{name}.py:3: `def build(): return json."),
+    "missing": ("import no_such_thing", 1, "{name}.py:3: `import no_such_thing` raised Module"),
+    "copies_badly": (
+        LINEAR.format(body="") + "    def __deepcopy__(self, memo): raise ValueError('single')\n",
+        1,
+        "raised ValueError: single",
+    ),
+    "trains_badly": (
+        LINEAR.format(body="") + "    def train(self, mode=True): raise SystemExit\n",
+        1,
+        "raised SystemExit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USERS_CODE)
+def test_whatever_the_users_code_raises_is_one_line_with_its_place(
+    door: Door, elsewhere: Path, case: str
+) -> None:
+    text, code, said = USERS_CODE[case]
+    name = f"raises_{case}"
+    (elsewhere / f"{name}.py").write_text(HEAD + text)
+    target = "Net" if "class Net" in text else "build"
+    done = door(f"snugpt trace {name}:{target} --gpu h100 --batch-size 2 --seq-len 16")
+    error, _ = refusal(done, code)
+    assert said.format(name=name) in error
+    assert len(done.err.splitlines()) == 2
+
+
+def test_an_error_inside_an_installed_package_names_the_users_line_first(
+    door: Door, elsewhere: Path
+) -> None:
+    package = elsewhere / "site-packages" / "inner_of_test"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("def call():\n    raise ValueError('inside')\n")
+    user = f"sys.path.append({str(package.parent)!r})\nimport inner_of_test\n"
+    (elsewhere / "calls_inner.py").write_text(HEAD + user + "def build(): inner_of_test.call()\n")
+    error, _ = refusal(door("snugpt trace calls_inner:build --gpu h100"), 1)
+    assert error.startswith("calls_inner.py:5: `def build(): inner_of_test.call()` (in ")
+    assert "__init__.py:2) raised ValueError: inside" in error
+
+
+def test_a_package_that_misses_something_is_not_called_unknown(door: Door, elsewhere: Path) -> None:
+    (elsewhere / "half_there").mkdir()
+    (elsewhere / "half_there" / "__init__.py").write_text("import no_such_thing\n")
+    (elsewhere / "half_there" / "model.py").write_text("def build(): pass\n")
+    error, _ = refusal(door("snugpt trace half_there.model:build --gpu h100"), 1)
+    assert "no_such_thing` raised ModuleNotFoundError" in error

@@ -480,6 +480,8 @@ def test_questions_that_cannot_be_are_refused() -> None:
         snugpt.trace(3, x)
     with pytest.raises(BadQuestionError, match="model = 'int'"):
         snugpt.trace(lambda: 3, x)
+    with pytest.raises(BadQuestionError, match="model = 'tuple of Perceptron, int'"):
+        snugpt.trace(lambda: (Perceptron(), 1), x)
     with pytest.raises(BadQuestionError, match="requires a gradient"):
         snugpt.trace(Perceptron().requires_grad_(False), x)
 

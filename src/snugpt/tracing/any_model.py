@@ -43,7 +43,7 @@ from snugpt.tracing.placing import (
     no_loss,
     uncompiled,
 )
-from snugpt.tracing.refusals import refusal
+from snugpt.tracing.refusals import users_code
 from snugpt.tracing.trace_result import Recorded, Trace
 from snugpt.tracing.ways import Ways, ways_of
 
@@ -101,8 +101,11 @@ def trace(
     for name, value in (("grad_accum_steps", grad_accum_steps), ("steps", steps)):
         if value < 1:
             raise bad_value(name, value, "1 or more", hint=f"snugpt.trace(model, batch, {name}=2)")
+    with users_code("placing the model"):
+        placed = _placed(model, machine)
+        _, given = batch_maker(batch)
     tracer = Tracer(
-        model=_placed(model, machine),
+        model=placed,
         batch=batch,
         machine=machine,
         dtype=dtype,
@@ -114,7 +117,6 @@ def trace(
         keep_outputs=keep_outputs,
         steps=steps,
     )
-    _, given = batch_maker(batch)
     size = batch_size if batch_size is not None else given or 1
     if size < 1:
         raise bad_value("batch_size", size, "1 or more", hint="snugpt.trace(..., batch_size=8)")
@@ -165,7 +167,8 @@ class Tracer:
 
     def _run(self, batch_size: int) -> Recorded:
         runtime = self.runtime
-        model = copy.deepcopy(self.model).train(self.train)
+        with users_code("copying the model"):
+            model = copy.deepcopy(self.model).train(self.train)
         with ExitStack() as stack:
             stack.enter_context(_without_collector())
             stack.enter_context(uncompiled())
@@ -173,10 +176,8 @@ class Tracer:
             ways = stack.enter_context(ways_of(runtime))
             device = stack.enter_context(OnDevice(runtime.device == "cuda"))
             allocations = stack.enter_context(ModelAllocations(runtime))
-            try:
-                timeline = self._steps(model, batch_size, allocations, ways)
-            except Exception as error:
-                raise refusal(error, allocations.phase) from error
+            stack.enter_context(users_code(lambda: allocations.phase))
+            timeline = self._steps(model, batch_size, allocations, ways)
         return Recorded(
             timeline,
             dict(ways.attention),
@@ -301,14 +302,15 @@ class Tracer:
 
 def _placed(model: nn.Module | Callable[[], nn.Module], machine: Machine) -> nn.Module:
     """The model on the meta device: copied, or built there."""
-    if isinstance(model, nn.Module):
-        return model_on_meta(model)
-    if not callable(model):
+    made = model
+    if callable(model) and not isinstance(model, nn.Module):
+        made = built(model, machine)
+    if not isinstance(made, nn.Module):
         raise bad_value(
-            "model", type(model).__name__, "an nn.Module or a function that builds one",
+            "model", described(made), "an nn.Module or a function that builds one",
             hint="snugpt.trace(lambda: Model(...), batch)",
         )  # fmt: skip
-    return model_on_meta(built(model, machine))
+    return model_on_meta(made)
 
 
 def built(build: Callable[[], Any], machine: Machine) -> Any:
@@ -317,17 +319,8 @@ def built(build: Callable[[], Any], machine: Machine) -> Any:
         if machine.gpu.backend != "cpu":  # a context that the model keeps is made here
             stack.enter_context(honoured(Casts(), _has_bf16(machine)))
         stack.enter_context(building(machine.gpu.backend != "cpu"))
-        try:
-            made = build()
-        except Exception as error:
-            raise refusal(error, "building the model") from error
-    first = made[0] if isinstance(made, tuple) and made else made
-    if not isinstance(first, nn.Module):
-        raise bad_value(
-            "model", type(first).__name__, "an nn.Module or a function that builds one",
-            hint="snugpt.trace(lambda: Model(...), batch)",
-        )  # fmt: skip
-    return made
+        stack.enter_context(users_code("building the model"))
+        return build()
 
 
 def _autocast(dtype: Autocast | None, machine: Machine) -> torch.dtype | None:

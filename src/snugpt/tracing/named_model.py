@@ -17,7 +17,8 @@ from torch import nn
 from snugpt.errors import BadQuestionError, bad_value, unknown_name
 from snugpt.planner.machine import Machine, machine_for
 from snugpt.tracing.any_model import Autocast, built, trace
-from snugpt.tracing.refusals import refusal
+from snugpt.tracing.placing import described
+from snugpt.tracing.refusals import users_code
 from snugpt.tracing.trace_result import Trace
 
 EXAMPLE = "snugpt trace my_package.my_model:build --batch-size 8 --seq-len 1024"
@@ -63,6 +64,11 @@ def trace_named(
     size = batch_size or DEFAULT_BATCH
     made = built(partial(build, batch_size=size) if takes_size else build, machine)
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise bad_value(
+            spec, described(made), "it returns a model or a pair (model, batch)",
+            hint="snugpt trace --help",
+        )  # fmt: skip
     if takes_size and batch is not None:
         batch = partial(_batch_of, build, machine)
     if batch is None:
@@ -88,13 +94,11 @@ def find(spec: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     _must_exist(module_name)
-    try:
+    with users_code(f"importing {module_name}"):
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise refusal(error, f"importing {module_name}") from error
-    found = getattr(module, name, None)
+        found = getattr(module, name, None)
     if found is None:
-        known = [each for each in vars(module) if not each.startswith("_")]
+        known = [each for each, value in vars(module).items() if callable(value)]
         raise unknown_name(f"callable in {module_name}", name, known, hint=EXAMPLE)
     if not callable(found) or isinstance(found, nn.Module):
         raise bad_value("model", spec, "a function or class that builds a model", hint=EXAMPLE)
@@ -106,22 +110,35 @@ def _must_exist(module_name: str) -> None:
     parts = module_name.split(".")
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
-        try:
-            if find_spec(name) is not None:
+        above = ".".join(parts[: count - 1])
+        with users_code(f"importing {above}"):  # a package above it is run
+            if _is_there(name):
                 continue
-        except (ImportError, ValueError):
-            pass
-        except Exception as error:  # a package above it is run, and may raise anything
-            raise refusal(error, f"importing {'.'.join(parts[: count - 1])}") from error
         folder = Path.cwd().joinpath(*parts[: count - 1])
         known = [each.stem for each in folder.glob("*") if each.suffix == ".py" or each.is_dir()]
-        above = ".".join(parts[: count - 1])
         kind = f"module in {above}" if above else "module"
         raise unknown_name(kind, parts[count - 1], known, hint=EXAMPLE)
 
 
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name != name:  # the package above misses something else
+            raise
+        return False
+    except ValueError:  # a module without a spec, as __main__
+        return False
+
+
 def _batch_of(build: Callable[..., Any], machine: Machine, size: int) -> Any:
-    return built(partial(build, batch_size=size), machine)[1]
+    made = built(partial(build, batch_size=size), machine)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise bad_value(
+            "model", described(made), f"a pair (model, batch) for batch_size={size} too",
+            hint="snugpt trace --help",
+        )  # fmt: skip
+    return made[1]
 
 
 def _tokens(model: Any, seq_len: int) -> Callable[[int], dict[str, torch.Tensor]]:
