@@ -43,7 +43,7 @@ from snugpt.tracing.placing import (
     no_loss,
     uncompiled,
 )
-from snugpt.tracing.refusals import users_code
+from snugpt.tracing.refusals import Remedy, users_code
 from snugpt.tracing.trace_result import Recorded, Trace
 from snugpt.tracing.ways import Ways, ways_of
 
@@ -60,7 +60,7 @@ def trace(
     model: nn.Module | Callable[[], nn.Module],
     batch: Any,
     *,
-    gpu: str | None = "h100",
+    gpu: str | None = None,
     batch_size: int | None = None,
     dtype: Autocast | None = "auto",
     optimizer: Literal["adamw"] | MakeOptimizer | None = "adamw",
@@ -196,7 +196,7 @@ class Tracer:
         if self.train and not weights:
             raise BadQuestionError(
                 "no parameter of the model requires a gradient",
-                hint="snugpt.trace(model, batch, train=False)",
+                hint=Remedy("snugpt.trace(model, batch, train=False)", task="generate"),
             )
         optimizers = self._optimizers(weights) if self.train else []
         with allocations.naming(model):
@@ -249,13 +249,10 @@ class Tracer:
         return torch.autocast("cuda", self.autocast)
 
     def _loss(self, model: nn.Module, output: Any, batch: Any) -> Tensor:
-        if self.loss is None:
-            found = loss_of(output)
-            if found is None:
-                raise no_loss(output, model, batch)
-            return found
-        made = self.loss(output, batch)
+        made = output if self.loss is None else self.loss(output, batch)
         found = loss_of(made)
+        if found is None and self.loss is None:
+            raise no_loss(output, model, batch)
         if found is None:
             raise bad_value(
                 "loss", described(made), "the function returns a scalar with a gradient",
@@ -324,16 +321,16 @@ def built(build: Callable[[], Any], machine: Machine) -> Any:
 
 
 def _autocast(dtype: Autocast | None, machine: Machine) -> torch.dtype | None:
-    if dtype == "auto":
-        return torch.bfloat16 if _has_bf16(machine) else None
-    if dtype is None:
-        return None
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if dtype and _has_bf16(machine) else None
     if dtype not in DTYPES:
         raise bad_value("dtype", dtype, "auto, bf16, fp16 or None", hint="dtype='bf16'")
     if machine.gpu.backend == "cpu":
-        raise bad_value("dtype", dtype, "None on the CPU", hint="dtype=None")
+        hint = Remedy("dtype=None", compute_dtype="fp32")
+        raise bad_value("dtype", dtype, "None on the CPU", hint=hint)
     if dtype == "bf16" and not _has_bf16(machine):
-        raise bad_value("dtype", dtype, f"{machine.gpu.name} has no bf16", hint="dtype='fp16'")
+        hint = Remedy("dtype='fp16'", compute_dtype="fp32")
+        raise bad_value("dtype", dtype, f"{machine.gpu.name} has no bf16", hint=hint)
     return DTYPES[dtype]
 
 
@@ -366,7 +363,6 @@ def _label_weights(allocations: ModelAllocations, model: nn.Module) -> None:
         allocations.label(buffer.to(META), "weights", name)
     for name, tensor in loose_tensors(model):
         allocations.label(tensor, "weights", name)
-
     for name, weight in model.named_parameters():
         allocations.label(weight, "weights", name)
 

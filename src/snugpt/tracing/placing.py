@@ -226,11 +226,15 @@ def loss_of(output: Any) -> Tensor | None:
     return next((each for each in found if isinstance(each, Tensor) and _is_loss(each)), None)
 
 
-def no_loss(output: Any, model: nn.Module, batch: Any) -> BadQuestionError:
+class NoLossError(BadQuestionError):
+    """A training step is asked of a model that returned no scalar loss."""
+
+
+def no_loss(output: Any, model: nn.Module, batch: Any) -> NoLossError:
     """The error for a training step without a loss: what came back, and what was not given."""
     empty = left_empty(model, batch)
     given = f"; of forward's parameters {', '.join(empty)} got nothing" if empty else ""
-    return BadQuestionError(
+    return NoLossError(
         f"the model returned {described(output)}, in which there is no scalar loss{given}",
         hint=Remedy(
             "snugpt.trace(..., loss=lambda output, batch: ...), or labels in the batch",
