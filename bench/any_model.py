@@ -101,7 +101,8 @@ def mem_tracker_peak(case: Case, dtype: torch.dtype | None) -> int:
                 batch = case.batch(case.batch_size)
             with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
                 output = called(model, batch)
-                loss, _ = loss_of(output)
+                loss = loss_of(output)
+                assert loss is not None, "a case without a loss"
             del output
             loss.backward()
             del loss, batch
@@ -147,10 +148,13 @@ def known_cases(cases: list[Case]) -> None:
             continue
         with quiet():
             raised = snugpt.trace(
-                lambda build=case.build: Raised(build()), case.batch, batch_size=case.batch_size
+                lambda build=case.build: Raised(build()),
+                case.batch,
+                gpu=case.gpu,
+                batch_size=case.batch_size,
             ).requested_bytes
             as_cuda = snugpt.trace(
-                case.build, case.batch, batch_size=case.batch_size
+                case.build, case.batch, gpu=case.gpu, batch_size=case.batch_size
             ).requested_bytes
         print(
             f"{name:6}{case.name:24}{case.batch_size:6}{mib:11,.1f}{raised / MIB:11,.1f}"

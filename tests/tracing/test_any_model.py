@@ -31,12 +31,17 @@ import snugpt
 from snugpt.cli.model_screen import screen
 from snugpt.errors import BadQuestionError, FailedError
 from snugpt.estimate import scratch
+from snugpt.planner.machine import machine_for
 from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.tracing.named_model import trace_named
 
 VARIANTS = [{}, {"tied": True}, {"rms": True}, {"dropout": 0.1}, {"recompute": True}]
 HOST_BYTES_PER_PARAMETER = 4  # AdamW's step counters are single values in host memory
 RANDOM_STATE_BYTES = 5056  # and so is the generator's state that a checkpoint keeps
+
+
+def trace(model, batch, *, gpu="h100", **options):
+    return snugpt.trace(model, batch, gpu=gpu, **options)
 
 
 def on_meta(make):
@@ -52,7 +57,7 @@ def on_meta(make):
 def test_the_peak_is_that_of_pytorchs_mem_tracker(options, gpu, runtime) -> None:
     dtype = torch.bfloat16 if gpu == "h100" else None
     theirs = mem_tracker_peak(lambda: Tiny(**options), on_meta(tokens), runtime, dtype)
-    traced = snugpt.trace(lambda: Tiny(**options), tokens(), gpu=gpu)
+    traced = trace(lambda: Tiny(**options), tokens(), gpu=gpu)
     unrounded = replace(traced.timeline, block_bytes=1).read(1, workspace=False)[0].bytes
     assert unrounded == theirs
 
@@ -60,7 +65,7 @@ def test_the_peak_is_that_of_pytorchs_mem_tracker(options, gpu, runtime) -> None
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_each_phase_is_that_of_a_step_that_really_runs(options) -> None:
     real = on_the_cpu(lambda: Tiny(**options), tokens)
-    traced = snugpt.trace(lambda: Tiny(**options), tokens(), gpu="cpu")
+    traced = trace(lambda: Tiny(**options), tokens(), gpu="cpu")
     _, phases = traced.timeline.read(1)
     host = HOST_BYTES_PER_PARAMETER * len(list(Tiny(**options).parameters())) + 16
     host += 2 * RANDOM_STATE_BYTES if options.get("recompute") else 0
@@ -88,9 +93,9 @@ def test_the_engine_adds_gradients_in_place_which_mem_tracker_hides() -> None:
         return (torch.zeros(1 << 16, 4),)
 
     theirs = mem_tracker_peak(build, on_meta(batch), H100)
-    traced = snugpt.trace(build, batch(), dtype=None)
+    traced = trace(build, batch(), dtype=None)
     real = on_the_cpu(build, batch)
-    ours = snugpt.trace(build, batch(), gpu="cpu").timeline.read(1)[1]
+    ours = trace(build, batch(), gpu="cpu").timeline.read(1)[1]
     assert traced.requested_bytes < theirs
     assert 0 <= real["backward"] - ours["backward"] < 100
 
@@ -98,19 +103,21 @@ def test_the_engine_adds_gradients_in_place_which_mem_tracker_hides() -> None:
 def test_the_users_module_is_not_touched() -> None:
     model = Tiny(tied=True).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    traced = snugpt.trace(model, tokens(), gpu="rtx-4090")
+    traced = trace(model, tokens(), gpu="rtx-4090")
     assert not model.training
     assert all(each.grad is None and each.device.type == "cpu" for each in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
-    assert traced.allocated_bytes == snugpt.trace(lambda: Tiny(tied=True), tokens(),
+    assert traced.allocated_bytes == trace(lambda: Tiny(tied=True), tokens(),
                                                   gpu="rtx-4090").allocated_bytes  # fmt: skip
 
 
 def test_a_model_is_copied_without_its_data() -> None:
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))  # 8 MiB
     with CpuAllocations(keep_events=False) as allocations:
-        traced = snugpt.trace(model, torch.empty(1, 512), gpu="t4")
+        traced = trace(
+            model, torch.empty(1, 512), gpu="t4", loss=lambda output, batch: output.sum()
+        )
     assert allocations.peak_bytes < 2**18
     assert traced.requested_bytes > 3 * 2**23
 
@@ -118,14 +125,14 @@ def test_a_model_is_copied_without_its_data() -> None:
 def test_a_model_far_larger_than_this_machine_is_traced() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(16384, 16384, bias=False) for _ in range(80)))
-    traced = snugpt.trace(model, torch.empty(1, 16384), train=False, gpu="h100", dtype=None)
+    traced = trace(model, torch.empty(1, 16384), train=False, gpu="h100", dtype=None)
     assert traced.requested_bytes > 80 * 16384**2 * 4
     assert not traced.fits
     assert traced.largest_batch() == 0
 
 
 def test_what_attention_takes_inside_itself_is_counted() -> None:
-    timeline = snugpt.trace(Tiny(), tokens(), gpu="rtx-4090").timeline
+    timeline = trace(Tiny(), tokens(), gpu="rtx-4090").timeline
     inside = [
         event.buffer.fixed_bytes
         for _, _, event in timeline.events()
@@ -138,18 +145,18 @@ def test_what_attention_takes_inside_itself_is_counted() -> None:
 
 
 def test_the_largest_batch_is_a_division_that_other_traces_confirm() -> None:
-    traced = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060")
+    traced = trace(lambda: Tiny(), tokens(), gpu="rtx-3060")
     largest = traced.largest_batch()
     assert largest is not None
     assert largest > 1000
     assert sorted(traced.tracer._recorded) == [1, 2, 3, 4, 5]
-    again = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest)
-    above = snugpt.trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest + 1)
+    again = trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest)
+    above = trace(lambda: Tiny(), tokens(), gpu="rtx-3060", batch_size=largest + 1)
     assert again.fits
     assert not above.fits
     smaller = traced.largest_batch("t4")
     assert smaller is not None
-    assert smaller == snugpt.trace(lambda: Tiny(), tokens(), gpu="t4").largest_batch()
+    assert smaller == trace(lambda: Tiny(), tokens(), gpu="t4").largest_batch()
 
 
 class Similarity(nn.Module):
@@ -161,20 +168,20 @@ class Similarity(nn.Module):
 
     def forward(self, x):
         y = self.layer(x)
-        return (y @ y.t()).logsumexp(0)
+        return (y @ y.t()).logsumexp(0).sum()
 
 
 def test_memory_that_is_no_line_over_the_batch_is_searched_by_traces() -> None:
-    traced = snugpt.trace(Similarity(), torch.zeros(4, 8), gpu="t4")
+    traced = trace(Similarity(), torch.zeros(4, 8), gpu="t4")
     largest = traced.largest_batch()
     assert largest is not None
     assert traced.tracer.record(largest) is not None
-    assert snugpt.trace(Similarity(), torch.zeros(4, 8), gpu="t4", batch_size=largest).fits
-    assert not snugpt.trace(Similarity(), torch.zeros(4, 8), gpu="t4", batch_size=largest + 1).fits
+    assert trace(Similarity(), torch.zeros(4, 8), gpu="t4", batch_size=largest).fits
+    assert not trace(Similarity(), torch.zeros(4, 8), gpu="t4", batch_size=largest + 1).fits
 
 
 def test_phases_tensors_and_counters_are_said() -> None:
-    traced = snugpt.trace(Tiny(), tokens(), gpu="h100")
+    traced = trace(Tiny(), tokens(), gpu="h100")
     assert list(traced.phases) == ["forward", "backward", "clip", "optimizer"]
     assert traced.attention == {"cudnn": 2}
     assert traced.requested_bytes <= traced.allocated_bytes <= traced.reserved_bytes.expected
@@ -195,19 +202,19 @@ def test_phases_tensors_and_counters_are_said() -> None:
 
 
 def test_holding_the_outputs_and_accumulating_cost_what_they_cost() -> None:
-    plain = snugpt.trace(lambda: Tiny(), tokens(), gpu="h100")
-    held = snugpt.trace(lambda: Tiny(), tokens(), gpu="h100", keep_outputs=True)
+    plain = trace(lambda: Tiny(), tokens(), gpu="h100")
+    held = trace(lambda: Tiny(), tokens(), gpu="h100", keep_outputs=True)
     assert held.requested_bytes - plain.requested_bytes == 4 * T * V * 2 + (-4 * T * V * 2) % 512
-    accumulated = snugpt.trace(lambda: Tiny(), tokens(), gpu="h100", grad_accum_steps=2)
+    accumulated = trace(lambda: Tiny(), tokens(), gpu="h100", grad_accum_steps=2)
     gradients = sum(each.numel() * 4 for each in Tiny().parameters())
     assert accumulated.requested_bytes - plain.requested_bytes == pytest.approx(gradients, rel=0.05)
 
 
 def test_optimizers_and_no_optimizer() -> None:
-    adamw = snugpt.trace(Tiny(), tokens())
-    foreach = snugpt.trace(Tiny(), tokens(), optimizer=lambda p: torch.optim.AdamW(p, foreach=True))
-    sgd = snugpt.trace(Tiny(), tokens(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    none = snugpt.trace(Tiny(), tokens(), optimizer=None)
+    adamw = trace(Tiny(), tokens())
+    foreach = trace(Tiny(), tokens(), optimizer=lambda p: torch.optim.AdamW(p, foreach=True))
+    sgd = trace(Tiny(), tokens(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    none = trace(Tiny(), tokens(), optimizer=None)
     assert "optimizer" not in none.phases
     assert foreach.phases["optimizer"] > adamw.phases["optimizer"] > sgd.phases["optimizer"]
     assert adamw.phases["forward"] > sgd.phases["forward"] == none.phases["forward"]
@@ -230,19 +237,44 @@ def test_losses_are_found_where_models_put_them() -> None:
         lambda y: y.sum(), lambda y: (y, y.sum()), lambda y: (y.sum(), y),
         lambda y: Output(loss=y.sum(), logits=y), lambda y: type("O", (), {"loss": y.sum()})(),
     ):  # fmt: skip
-        assert snugpt.trace(Model(wrap), x).notes == ()
-    for wrap in (lambda y: y, lambda y: (y, None)):
-        assert "its sum stands for the loss" in snugpt.trace(Model(wrap), x).notes[0]
-    given = snugpt.trace(Model(lambda y: [y, y]), x, loss=lambda output, batch: output[0].sum())
+        assert trace(Model(wrap), x).notes == ()
+    given = trace(Model(lambda y: [y, y]), x, loss=lambda output, batch: output[0].sum())
     assert given.notes == ()
     for wrap, said in (
-        (lambda y: [y, y], "list of Tensor, Tensor"),
+        (lambda y: y, r"a tensor 2 x 4 \(bfloat16\), in which there is no scalar loss"),
+        (lambda y: (y, None), r"tuple of a tensor 2 x 4 \(bfloat16\), None"),
+        (lambda y: [y, y], "list of a tensor"),
         (lambda y: Output(logits=y), "Output with logits"),
-        (lambda y: y.detach(), "a tensor without a gradient"),
-        (lambda y: None, "NoneType"),
+        (lambda y: y.sum().detach(), "of one value without a gradient"),
+        (lambda y: None, "returned None"),
     ):
-        with pytest.raises(BadQuestionError, match=said):
-            snugpt.trace(Model(wrap), x)
+        with pytest.raises(BadQuestionError, match=said) as caught:
+            trace(Model(wrap), x, gpu="h100")
+        assert "loss=" in caught.value.hint
+    with pytest.raises(BadQuestionError, match="loss = 'a tensor 2 x 4"):
+        trace(Model(lambda y: y), x, loss=lambda output, batch: output, gpu="h100")
+
+
+def test_the_parameters_that_got_nothing_are_named_where_a_loss_is_missing() -> None:
+    class Model(nn.Linear):
+        def forward(self, x, tgt=None, *, weights=None, **more):
+            return super().forward(x)
+
+    for batch in ({"x": torch.zeros(2, 4)}, (torch.zeros(2, 4),), torch.zeros(2, 4)):
+        with pytest.raises(BadQuestionError, match="of forward's parameters tgt, weights got"):
+            trace(Model(4, 4), batch, gpu="h100")
+    assert trace(Model(4, 4), torch.zeros(2, 4), train=False, gpu="h100").fits
+
+
+def test_without_a_card_this_machine_is_meant() -> None:
+    here = machine_for(None)
+    traced = snugpt.trace(Tiny(), tokens())
+    assert (traced.gpu.id, traced.tracer.machine.gpu.name) == (here.gpu.id, here.gpu.name)
+
+
+def test_a_forward_pass_needs_no_loss() -> None:
+    traced = trace(Perceptron(), torch.zeros(2, 96), train=False, gpu="h100")
+    assert list(traced.phases) == ["forward"]
 
 
 class Does(nn.Module):
@@ -253,7 +285,7 @@ class Does(nn.Module):
         self.layer, self.what = nn.Linear(4, 4), what
 
     def forward(self, x):
-        return self.what(self.layer(x))
+        return self.what(self.layer(x)).sum()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +313,7 @@ class Does(nn.Module):
 )
 def test_what_a_trace_cannot_follow_is_refused_with_its_line(what, said: str) -> None:
     with pytest.raises(FailedError) as caught:
-        snugpt.trace(Does(what), torch.zeros(2, 4))
+        trace(Does(what), torch.zeros(2, 4))
     line = what.__code__.co_firstlineno
     assert said in caught.value.message
     assert f"test_any_model.py:{line}: `" in caught.value.message
@@ -302,12 +334,12 @@ class Contexts(nn.Module):
         with self.on:
             assert self.layer(x).dtype == torch.bfloat16
             with self.off:
-                return self.layer(x)
+                return self.layer(x).sum()
 
 
 def test_contexts_that_a_model_keeps_are_obeyed() -> None:
-    traced = snugpt.trace(Contexts, torch.zeros(2, 4), dtype=None)
-    assert traced.notes == ("the model returned a tensor 2 x 4; its sum stands for the loss",)
+    traced = trace(Contexts, torch.zeros(2, 4), dtype=None)
+    assert traced.notes == ()
     with pytest.warns(UserWarning, match="Disabling autocast"):
         made_before = torch.autocast("cuda", torch.bfloat16)
 
@@ -316,7 +348,7 @@ def test_contexts_that_a_model_keeps_are_obeyed() -> None:
             assert (y @ y.t()).dtype == torch.bfloat16
         return y.sum()
 
-    traced = snugpt.trace(Does(decorated), torch.zeros(2, 4), dtype=None)
+    traced = trace(Does(decorated), torch.zeros(2, 4), dtype=None)
     assert traced.notes == ("an autocast made before the trace was taken as on",)
 
 
@@ -334,7 +366,7 @@ def test_hugging_faces_question_about_masks_is_answered_and_said(tmp_path: Path)
         assert not module.is_needed(y > 0)
         return y.sum()
 
-    traced = snugpt.trace(Does(asks), torch.zeros(2, 4))
+    traced = trace(Does(asks), torch.zeros(2, 4))
     assert traced.notes == ("assumed: no padding and no packed sequences in the batch",)
 
 
@@ -344,8 +376,8 @@ def test_recurrent_layers_are_refused_on_a_gpu_and_traced_on_the_cpu() -> None:
 
     layer, x = nn.GRU(4, 4), torch.zeros(3, 2, 4)
     with pytest.raises(FailedError, match="gru runs inside cuDNN"):
-        snugpt.trace(layer, x, loss=loss)
-    assert snugpt.trace(layer, x, loss=loss, gpu="cpu").fits
+        trace(layer, x, loss=loss)
+    assert trace(layer, x, loss=loss, gpu="cpu").fits
 
 
 def test_code_for_cuda_is_understood() -> None:
@@ -364,17 +396,27 @@ def test_code_for_cuda_is_understood() -> None:
             assert grad.is_cuda
             return grad.cuda() * 2
 
+    def by_number(y):
+        for device in (
+            torch.device("cuda", 0), torch.device("cuda", index=1), torch.device("cuda:0"),
+            torch.device(type="cuda", index=0), torch.device(type="cuda"), torch.device(0),
+        ):  # fmt: skip
+            y = y.to(device) + torch.zeros(4, device=device) + nn.Linear(4, 4).to(device)(y)
+        assert torch.device("cpu", 0).type == "cpu"
+        return y.to(0) + torch.ones(4, device=0) + nn.Linear(4, 4).to(0)(y)
+
     def compiles(y):
         assert torch.compile(moves) is moves
         return Twice.apply(moves(y))
 
-    assert snugpt.trace(Does(compiles), torch.zeros(2, 4)).batch_size == 2
+    assert trace(Does(compiles), torch.zeros(2, 4)).batch_size == 2
+    assert trace(Does(by_number), torch.zeros(2, 4)).batch_size == 2
 
 
 def test_modes_and_patches_are_gone_after_a_trace_that_failed() -> None:
     before = torch.is_autocast_enabled, torch.clear_autocast_cache, torch.autocast.__init__
     with pytest.raises(FailedError):
-        snugpt.trace(Does(lambda y: y.item()), torch.zeros(2, 4))
+        trace(Does(lambda y: y.item()), torch.zeros(2, 4))
     assert before == (torch.is_autocast_enabled, torch.clear_autocast_cache,
                       torch.autocast.__init__)  # fmt: skip
     assert not torch.is_autocast_enabled("cuda")
@@ -394,7 +436,7 @@ class Does(nn.Module):
         super().__init__()
         self.layer, self.what = nn.Linear(8, 8), what
     def forward(self, x):
-        return self.what(self.layer(x))
+        return self.what(self.layer(x)).sum()
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 2
@@ -414,7 +456,7 @@ for number, what in enumerate((
     lambda y: torch.fft.fft(y).abs(), lambda y: torch.linalg.svd(y)[1], lambda y: y.to("cpu"),
 )):
     try:
-        snugpt.trace(Does(what), torch.zeros(2, 8))
+        snugpt.trace(Does(what), torch.zeros(2, 8), gpu="h100")
         said = "traced"
     except snugpt.SnugError as error:
         said = error.message
@@ -442,15 +484,17 @@ def test_questions_that_cannot_be_are_refused() -> None:
         ({"optimizer": lambda weights: 3}, "optimizer = 'int'"),
     ):
         with pytest.raises(BadQuestionError, match=said):
-            snugpt.trace(Perceptron(), x, **options)
+            trace(Perceptron(), x, **options)
     with pytest.raises(BadQuestionError, match="batch"):
-        snugpt.trace(Perceptron(), {"x": 3})
+        trace(Perceptron(), {"x": 3})
     with pytest.raises(BadQuestionError, match="model"):
-        snugpt.trace(3, x)
+        trace(3, x)
     with pytest.raises(BadQuestionError, match="model = 'int'"):
-        snugpt.trace(lambda: 3, x)
+        trace(lambda: 3, x)
+    with pytest.raises(BadQuestionError, match="model = 'tuple of Perceptron, int'"):
+        trace(lambda: (Perceptron(), 1), x)
     with pytest.raises(BadQuestionError, match="requires a gradient"):
-        snugpt.trace(Perceptron().requires_grad_(False), x)
+        trace(Perceptron().requires_grad_(False), x)
 
 
 @pytest.fixture
@@ -468,8 +512,10 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())\n"
         "        return logits, loss\n"
         "def build(): return Model()\n"
-        "def with_batch(): return Model().head, torch.zeros(6, 8)\n"
-        "def sized(batch_size=1): return Model().head, torch.zeros(batch_size, 8)\n"
+        "class Mean(nn.Linear):\n"
+        "    def forward(self, x): return super().forward(x).mean()\n"
+        "def with_batch(): return Mean(8, 50), torch.zeros(6, 8)\n"
+        "def sized(batch_size=1): return Mean(8, 50), torch.zeros(batch_size, 8)\n"
         "def raises():\n"
         "    raise ValueError('no such\\nlayer')\n"
         "number = 3\n"
@@ -503,7 +549,7 @@ def test_a_name_that_leads_nowhere_says_what_may_have_been_meant(named: str) -> 
     ):
         with pytest.raises(BadQuestionError, match=said):
             trace_named(spec)
-    with pytest.raises(FailedError, match=rf"{named}\.py:15: `raise ValueError.*no such layer"):
+    with pytest.raises(FailedError, match=rf"{named}\.py:17: `raise ValueError.*no such layer"):
         trace_named(f"{named}:raises")
     with pytest.raises(FailedError, match=rf"{named}_broken\.py:2: `1 / 0` raised ZeroDivision"):
         trace_named(f"{named}_broken:build")
@@ -511,7 +557,7 @@ def test_a_name_that_leads_nowhere_says_what_may_have_been_meant(named: str) -> 
 
 def test_the_screen_holds_in_80_columns() -> None:
     for gpu, train in (("h100", True), ("t4", False)):
-        lines = list(screen(snugpt.trace(Tiny(), tokens(), gpu=gpu, train=train)))
+        lines = list(screen(trace(Tiny(), tokens(), gpu=gpu, train=train)))
         assert max(map(len, lines)) < 80
         text = "\n".join(lines)
         assert "FITS" in text

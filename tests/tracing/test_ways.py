@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from snugpt.errors import FailedError
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing import autocast
 from snugpt.tracing.kernels import kernels_of
+from snugpt.tracing.refusals import users_code
 from snugpt.tracing.ways import ways_of
 
 CPU = Runtime(device="cpu", attention="cpu")
@@ -236,3 +239,24 @@ def test_tensors_with_data_are_left_alone() -> None:
         one = torch.ones(2, 2)
         assert (one @ one).dtype == torch.float32
         assert (one @ one).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+
+
+def test_warnings_about_the_meta_device_are_dropped_and_the_users_own_are_kept() -> None:
+    modules = ("torch.amp.autocast_mode", "snugpt.tracing.ways", "torchvision", "model")
+
+    def warn() -> None:
+        with users_code("testing"):
+            for name in modules:
+                warnings.warn_explicit(f"of {name}", UserWarning, f"{name}.py", 1, module=name)
+
+    with pytest.warns(UserWarning, match="of (torchvision|model)") as caught:
+        warn()
+    assert [str(each.message) for each in caught] == ["of torchvision", "of model"]
+
+
+def test_an_interrupt_is_let_through_and_everything_else_said() -> None:
+    with pytest.raises(KeyboardInterrupt), users_code("testing"):
+        raise KeyboardInterrupt
+    said = r"test_ways\.py:\d+: `raise SystemExit\(0\)` raised SystemExit"
+    with pytest.raises(FailedError, match=said), users_code("testing"):
+        raise SystemExit(0)

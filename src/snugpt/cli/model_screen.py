@@ -17,7 +17,9 @@ def screen(trace: Trace) -> Iterator[str]:
     """Yield the lines: verdict, memory, phases, the largest tensors, the largest batch, notes."""
     what = "train" if trace.tracer.train else "run"
     verdict = "FITS" if trace.fits else "DOES NOT FIT"
-    head = f"{what} {count(trace.tracer.num_parameters)} parameters, batch {trace.batch_size}"
+    tokens = f" x {trace.seq_len} tokens" if trace.seq_len else ""
+    batch = f"batch {trace.batch_size}{tokens}"
+    head = f"{what} {count(trace.tracer.num_parameters)} parameters, {batch}"
     yield head.ljust(COLUMNS - len(verdict)) + verdict
     yield f"on {trace.gpu.name} ({trace.gpu.id}), {gib(trace.capacity_bytes)} usable"
     yield ""

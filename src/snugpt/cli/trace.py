@@ -10,18 +10,16 @@ import msgspec
 
 from snugpt.cli.options import QuestionCommand, question_from, question_options
 from snugpt.cli.output_files import PICTURE_SUFFIX, check_output, write_output
+from snugpt.cli.own_model import is_named_model, trace_model
 from snugpt.cli.plan import planned
 from snugpt.cli.screen import colour
-from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
+from snugpt.errors import BadQuestionError, FailedError
 from snugpt.planner.command import command_line
 from snugpt.spec.plan import Plan, read_plan
 from snugpt.spec.question import Question
 from snugpt.spec.recipe import TrainingRecipe
-from snugpt.units import gib
 
 MANY_CHUNKS, S_PER_CHUNK = 2000, 0.003  # of two micro-steps and an evaluation
-MODEL_FLAGS = {"gpu", "batch_size", "seq_len", "compute_dtype", "task"}
-AUTOCAST = {"bf16": "bf16", "fp32": None}  # of compute_dtype; the card decides where it is not said
 
 
 @click.command(cls=QuestionCommand)
@@ -43,14 +41,17 @@ def trace(
 
     TARGET is a plan.json; without one the flags are planned first. Exit code 1: they differ.
 
-    Or TARGET is package.module:callable, which builds a model of your own; --gpu --batch-size
-    --seq-len and --task generate (no training step) go with it. Exit code 3: it does not fit.
+    Or TARGET is package.module:callable. It is called without arguments, or with batch_size= if it
+    takes that, and returns a model of your own or (model, batch). Without a batch it is 8 x 1024
+    tokens, as labels too where forward names them labels, targets, target or y. --gpu
+    --batch-size --seq-len --compute-dtype and --task generate (no training step) go with it. Exit
+    code 3: it does not fit.
 
     \b
     Examples:
       snugpt trace --gpu rtx-4090 --depth 12
       snugpt trace plan.json --plot step.svg
-      snugpt trace my_package.my_model:build --gpu rtx-4090 --batch-size 8 --seq-len 1024
+      snugpt trace my_package.model:build --gpu rtx-4090 --seq-len 1024
       snugpt trace --snapshot snapshot.pickle
     """
     given = {field: value for field, value in flags.items() if value is not None}
@@ -62,7 +63,7 @@ def trace(
         _trace_snapshot(snapshot, plot, as_json=as_json)
         return
     if target is not None and is_named_model(target):
-        _trace_model(target, given, plot, as_json=as_json)
+        trace_model(target, given, plot, as_json=as_json)
         return
     if target is not None and given:
         raise BadQuestionError(
@@ -127,63 +128,6 @@ def _warn_of_chunks(recipe: TrainingRecipe) -> None:
             f"the loss has {number:,} chunks of {recipe.chunk_tokens} tokens, traced one by one:"
             f" about {number * S_PER_CHUNK / 60:.0f} minutes", err=True, color=colour(),
         )  # fmt: skip
-
-
-def is_named_model(target: str) -> bool:
-    """Whether a target is `package.module:callable` and not a path."""
-    module, colon, name = target.partition(":")
-    return (
-        bool(colon)
-        and name.isidentifier()
-        and all(part.isidentifier() for part in module.split("."))
-    )
-
-
-def _trace_model(target: str, given: dict[str, Any], plot: Path | None, *, as_json: bool) -> None:
-    foreign = given.keys() - MODEL_FLAGS
-    if foreign:
-        field = next(name for name in given if name in foreign)
-        raise BadQuestionError(
-            f"{field} is not a flag for a model of your own; these are:"
-            f" {', '.join(sorted(MODEL_FLAGS))}",
-            hint=f"snugpt trace {target} --gpu rtx-4090 --batch-size 8 --seq-len 1024",
-        )
-    from snugpt.cli.model_screen import screen
-    from snugpt.tracing.named_model import trace_named
-
-    traced = trace_named(
-        target,
-        gpu=given.get("gpu", "h100"),
-        batch_size=given.get("batch_size"),
-        seq_len=given.get("seq_len"),
-        dtype=AUTOCAST.get(given.get("compute_dtype", ""), "auto"),
-        train=given.get("task", "train") == "train",
-    )
-    if as_json:
-        _print_json(traced.to_dict())
-    else:
-        for line in screen(traced):
-            click.echo(line, color=colour())
-    if plot is not None:
-        from snugpt.estimate.picture import draw
-
-        picture = draw(
-            traced.timeline, 1, title=f"{target}, batch {traced.batch_size}, on {traced.gpu.name}",
-            source="traced", capacity_bytes=traced.capacity_bytes,
-            process_bytes=traced.process_bytes,
-        )  # fmt: skip
-        write_output(plot, picture.encode())
-    if not traced.fits:
-        raise DoesNotFitError(
-            f"does not fit on {traced.gpu.name}: process up to"
-            f" {gib(traced.process_bytes.high)} of {gib(traced.capacity_bytes)}",
-            hint=_again(target, given | {"batch_size": traced.largest_batch() or 1}),
-        )
-
-
-def _again(target: str, given: dict[str, Any]) -> str:
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-    return " ".join(("snugpt trace", target, *flags))
 
 
 def _trace_snapshot(path: Path, plot: Path | None, *, as_json: bool) -> None:

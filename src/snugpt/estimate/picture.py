@@ -52,7 +52,8 @@ def draw(
 ) -> str:
     """Return the picture of one step as the text of an SVG file.
 
-    `source` says where the first timeline comes from: predicted, traced or recorded.
+    `source` says where the first timeline comes from: predicted, traced or recorded. `batch` is
+    told with a predicted one alone; the bytes of the others are as they are, read at 1.
 
     `process_bytes` is what the whole process comes to at the peak, the figure that `capacity_bytes`
     has to hold. `measured` is another source's timeline of the same step.
@@ -66,7 +67,7 @@ def draw(
     return _Picture(
         title=_shortened(title),
         source=source,
-        batch=batch,
+        batch=f"batch {batch}" if source == "predicted" else "",
         first=first,
         second=second,
         label=_shortened(measured_label, 24),
@@ -94,7 +95,7 @@ class _Picture:
 
     title: str
     source: str
-    batch: int
+    batch: str  # "batch 8", or nothing
     first: Series
     second: Series | None
     label: str
@@ -151,9 +152,10 @@ class _Picture:
         parts = ", ".join(
             f"{_spelled(c)} {gib(self.at_peak[c])}" for c in self.categories if self.at_peak[c]
         )
+        batch = f", {self.batch}" if self.batch else ""
         words = (
             f"{self.source.capitalize()} bytes of live tensors and workspaces over the events of"
-            f" one step, batch {self.batch}. Peak {gib(self.first.peak_bytes)} in"
+            f" one step{batch}. Peak {gib(self.first.peak_bytes)} in"
             f" {self.first.peak_phase}: {parts}. Highest of each phase: {phases}."
         )
         if self.process is not None:
@@ -178,7 +180,7 @@ class _Picture:
     def _heading(self) -> list[str]:
         below = (
             f"{self.source} bytes of live tensors and workspaces, event by event;"
-            f" batch {self.batch}; phases not to scale with each other"
+            f" {self.batch}{'; ' if self.batch else ''}phases not to scale with each other"
         )
         return [
             svg.text(16, 26, self.title, extra='style="font-size:15px;font-weight:600"'),

@@ -36,12 +36,14 @@ from snugpt.tracing.placing import (
     batch_maker,
     building,
     called,
+    described,
     loose_tensors,
     loss_of,
     model_on_meta,
+    no_loss,
     uncompiled,
 )
-from snugpt.tracing.refusals import refusal
+from snugpt.tracing.refusals import Remedy, users_code
 from snugpt.tracing.trace_result import Recorded, Trace
 from snugpt.tracing.ways import Ways, ways_of
 
@@ -58,7 +60,7 @@ def trace(
     model: nn.Module | Callable[[], nn.Module],
     batch: Any,
     *,
-    gpu: str | None = "h100",
+    gpu: str | None = None,
     batch_size: int | None = None,
     dtype: Autocast | None = "auto",
     optimizer: Literal["adamw"] | MakeOptimizer | None = "adamw",
@@ -82,7 +84,8 @@ def trace(
             the card has it.
         optimizer: "adamw" is PyTorch's, fused on CUDA; a function takes the parameters and returns
             an optimizer; None leaves the step without one.
-        loss: a function of output and batch; by default the loss that the model returns.
+        loss: a function of output and batch that returns a scalar; by default the scalar loss that
+            the model returns (alone, in a tuple or as `loss`).
         train: False traces a forward pass without gradients.
         clip_norm: the norm that gradients are clipped to; None leaves them.
         grad_accum_steps: micro-batches to a step.
@@ -98,8 +101,11 @@ def trace(
     for name, value in (("grad_accum_steps", grad_accum_steps), ("steps", steps)):
         if value < 1:
             raise bad_value(name, value, "1 or more", hint=f"snugpt.trace(model, batch, {name}=2)")
+    with users_code("placing the model"):
+        placed = _placed(model, machine)
+        _, given = batch_maker(batch)
     tracer = Tracer(
-        model=_placed(model, machine),
+        model=placed,
         batch=batch,
         machine=machine,
         dtype=dtype,
@@ -111,7 +117,6 @@ def trace(
         keep_outputs=keep_outputs,
         steps=steps,
     )
-    _, given = batch_maker(batch)
     size = batch_size if batch_size is not None else given or 1
     if size < 1:
         raise bad_value("batch_size", size, "1 or more", hint="snugpt.trace(..., batch_size=8)")
@@ -162,8 +167,8 @@ class Tracer:
 
     def _run(self, batch_size: int) -> Recorded:
         runtime = self.runtime
-        notes: list[str] = []
-        model = copy.deepcopy(self.model).train(self.train)
+        with users_code("copying the model"):
+            model = copy.deepcopy(self.model).train(self.train)
         with ExitStack() as stack:
             stack.enter_context(_without_collector())
             stack.enter_context(uncompiled())
@@ -171,14 +176,12 @@ class Tracer:
             ways = stack.enter_context(ways_of(runtime))
             device = stack.enter_context(OnDevice(runtime.device == "cuda"))
             allocations = stack.enter_context(ModelAllocations(runtime))
-            try:
-                timeline = self._steps(model, batch_size, allocations, ways, notes)
-            except Exception as error:
-                raise refusal(error, allocations.phase) from error
+            stack.enter_context(users_code(lambda: allocations.phase))
+            timeline = self._steps(model, batch_size, allocations, ways)
         return Recorded(
             timeline,
             dict(ways.attention),
-            tuple(dict.fromkeys((*notes, *_notes(self.machine, ways, device, allocations)))),
+            tuple(_notes(self.machine, ways, device, allocations)),
         )
 
     def _steps(
@@ -187,14 +190,13 @@ class Tracer:
         batch_size: int,
         allocations: ModelAllocations,
         ways: Ways,
-        notes: list[str],
     ) -> Timeline:
         _label_weights(allocations, model)
         weights = [each for each in model.parameters() if each.requires_grad]
         if self.train and not weights:
             raise BadQuestionError(
                 "no parameter of the model requires a gradient",
-                hint="snugpt.trace(model, batch, train=False)",
+                hint=Remedy("snugpt.trace(model, batch, train=False)", task="generate"),
             )
         optimizers = self._optimizers(weights) if self.train else []
         with allocations.naming(model):
@@ -205,10 +207,10 @@ class Tracer:
                     gc.collect(0)  # what the first step left in circles
                     ways.attention.clear()
                     allocations.begin("forward")
-                self._step(model, weights, optimizers, allocations, batch_size, notes)
+                self._step(model, weights, optimizers, allocations, batch_size)
         return allocations.timeline(self.runtime.block_bytes)  # before the model goes
 
-    def _step(self, model, weights, optimizers, allocations, batch_size, notes) -> None:
+    def _step(self, model, weights, optimizers, allocations, batch_size) -> None:
         """One optimizer step, or one forward pass; nothing but state outlives it."""
         if not self.train:
             with torch.no_grad():
@@ -220,9 +222,7 @@ class Tracer:
             batch = self._batch(allocations, batch_size)
             with self._casting():
                 output = called(model, batch)
-                loss, note = self._loss(output, batch)
-            if note:
-                notes.append(note)
+                loss = self._loss(model, output, batch)
             if not self.keep_outputs:
                 del output
             allocations.mark("backward")
@@ -248,10 +248,17 @@ class Tracer:
             return nullcontext()
         return torch.autocast("cuda", self.autocast)
 
-    def _loss(self, output: Any, batch: Any) -> tuple[Tensor, str]:
-        if self.loss is None:
-            return loss_of(output)
-        return loss_of(self.loss(output, batch))
+    def _loss(self, model: nn.Module, output: Any, batch: Any) -> Tensor:
+        made = output if self.loss is None else self.loss(output, batch)
+        found = loss_of(made)
+        if found is None and self.loss is None:
+            raise no_loss(output, model, batch)
+        if found is None:
+            raise bad_value(
+                "loss", described(made), "the function returns a scalar with a gradient",
+                hint="snugpt.trace(..., loss=lambda output, batch: output.float().mean())",
+            )  # fmt: skip
+        return found
 
     def _batch(self, allocations: ModelAllocations, size: int) -> Any:
         make, _ = batch_maker(self.batch)
@@ -292,14 +299,15 @@ class Tracer:
 
 def _placed(model: nn.Module | Callable[[], nn.Module], machine: Machine) -> nn.Module:
     """The model on the meta device: copied, or built there."""
-    if isinstance(model, nn.Module):
-        return model_on_meta(model)
-    if not callable(model):
+    made = model
+    if callable(model) and not isinstance(model, nn.Module):
+        made = built(model, machine)
+    if not isinstance(made, nn.Module):
         raise bad_value(
-            "model", type(model).__name__, "an nn.Module or a function that builds one",
+            "model", described(made), "an nn.Module or a function that builds one",
             hint="snugpt.trace(lambda: Model(...), batch)",
         )  # fmt: skip
-    return model_on_meta(built(model, machine))
+    return model_on_meta(made)
 
 
 def built(build: Callable[[], Any], machine: Machine) -> Any:
@@ -308,30 +316,21 @@ def built(build: Callable[[], Any], machine: Machine) -> Any:
         if machine.gpu.backend != "cpu":  # a context that the model keeps is made here
             stack.enter_context(honoured(Casts(), _has_bf16(machine)))
         stack.enter_context(building(machine.gpu.backend != "cpu"))
-        try:
-            made = build()
-        except Exception as error:
-            raise refusal(error, "building the model") from error
-    first = made[0] if isinstance(made, tuple) and made else made
-    if not isinstance(first, nn.Module):
-        raise bad_value(
-            "model", type(first).__name__, "an nn.Module or a function that builds one",
-            hint="snugpt.trace(lambda: Model(...), batch)",
-        )  # fmt: skip
-    return made
+        stack.enter_context(users_code("building the model"))
+        return build()
 
 
 def _autocast(dtype: Autocast | None, machine: Machine) -> torch.dtype | None:
-    if dtype == "auto":
-        return torch.bfloat16 if _has_bf16(machine) else None
-    if dtype is None:
-        return None
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if dtype and _has_bf16(machine) else None
     if dtype not in DTYPES:
         raise bad_value("dtype", dtype, "auto, bf16, fp16 or None", hint="dtype='bf16'")
     if machine.gpu.backend == "cpu":
-        raise bad_value("dtype", dtype, "None on the CPU", hint="dtype=None")
+        hint = Remedy("dtype=None", compute_dtype="fp32")
+        raise bad_value("dtype", dtype, "None on the CPU", hint=hint)
     if dtype == "bf16" and not _has_bf16(machine):
-        raise bad_value("dtype", dtype, f"{machine.gpu.name} has no bf16", hint="dtype='fp16'")
+        hint = Remedy("dtype='fp16'", compute_dtype="fp32")
+        raise bad_value("dtype", dtype, f"{machine.gpu.name} has no bf16", hint=hint)
     return DTYPES[dtype]
 
 
@@ -364,7 +363,6 @@ def _label_weights(allocations: ModelAllocations, model: nn.Module) -> None:
         allocations.label(buffer.to(META), "weights", name)
     for name, tensor in loose_tensors(model):
         allocations.label(tensor, "weights", name)
-
     for name, weight in model.named_parameters():
         allocations.label(weight, "weights", name)
 

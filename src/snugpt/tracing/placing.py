@@ -7,6 +7,7 @@ dtypes and ties of the original.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from snugpt.errors import BadQuestionError, FailedError, bad_value
+from snugpt.tracing.refusals import Remedy
 
 META = torch.device("meta")
+PARSE_TO = torch._C._nn._parse_to  # what Module.to reads its arguments with
 IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 # Code that asks data whether it may save itself work: where it stands, the answer, the assumption.
 # Every question of transformers' masking_utils.py (5.23) is whether all of a mask is set, or all of
@@ -59,6 +62,17 @@ class OnDevice(TorchFunctionMode):
             raise RuntimeError("data_ptr of a tensor without data")
         if func is Tensor.cuda:
             return args[0].to(META)
+        if func is torch.device:  # a name with or without an index, or the index alone
+            first = args[0] if args else kwargs.get("type", kwargs.get("device"))
+            if _is_cuda(first) or _is_index(first):
+                return META
+            return func(*args, **kwargs)
+        if func in (Tensor.to, PARSE_TO):
+            place = 1 if func is Tensor.to else 0
+            if len(args) > place and _is_index(args[place]):
+                args = (*args[:place], META, *args[place + 1 :])
+        if _is_index(kwargs.get("device")):
+            kwargs = {**kwargs, "device": META}
         if any(_is_cuda(each) for each in (*args[1:], kwargs.get("device"), *args[:1])):
             args = tuple(META if _is_cuda(each) else each for each in args)
             kwargs = {name: META if _is_cuda(each) else each for name, each in kwargs.items()}
@@ -69,6 +83,11 @@ def _is_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"
     return isinstance(value, str) and (value == "cuda" or value.startswith("cuda:"))
+
+
+def _is_index(value: Any) -> bool:
+    """Whether it is a device by number, which PyTorch takes for the accelerator's."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @contextmanager
@@ -191,42 +210,70 @@ def called(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def loss_of(output: Any) -> tuple[Tensor, str]:
-    """Return the loss in what a model returned, and how it was found ("" where it is plain).
+def loss_of(output: Any) -> Tensor | None:
+    """Return the scalar loss in what a model returned, None where there is none.
 
-    Raises:
-        BadQuestionError: there is none.
+    It is looked for as `loss` of a mapping or object, as the first scalar of a tuple or list, or is
+    the output itself. A tensor of shape (1,) counts as a scalar.
     """
-    found = output
+    found: list[Any] = [output]
     if isinstance(output, Mapping):
-        found = output.get("loss")
+        found = [output.get("loss")]
     elif not isinstance(output, Tensor) and hasattr(output, "loss"):
-        found = output.loss
+        found = [output.loss]
     elif isinstance(output, tuple | list):
-        tensors = [each for each in output if isinstance(each, Tensor) and _differentiable(each)]
-        scalars = [each for each in tensors if each.numel() == 1]
-        found = (scalars or tensors)[0] if scalars or len(tensors) == 1 else None
-    if not isinstance(found, Tensor) or not _differentiable(found):
-        raise BadQuestionError(
-            f"the model returned {_described(output)}, in which there is no loss",
-            hint="give labels in the batch, or snugpt.trace(..., loss=lambda output, batch: ...)",
-        )
-    if found.numel() == 1:
-        return found, ""
-    shape = " x ".join(map(str, found.shape))
-    return found.sum(), f"the model returned a tensor {shape}; its sum stands for the loss"
+        found = list(output)
+    return next((each for each in found if isinstance(each, Tensor) and _is_loss(each)), None)
 
 
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.requires_grad and tensor.is_floating_point()
+class NoLossError(BadQuestionError):
+    """A training step is asked of a model that returned no scalar loss."""
 
 
-def _described(output: Any) -> str:
+def no_loss(output: Any, model: nn.Module, batch: Any) -> NoLossError:
+    """The error for a training step without a loss: what came back, and what was not given."""
+    empty = left_empty(model, batch)
+    given = f"; of forward's parameters {', '.join(empty)} got nothing" if empty else ""
+    return NoLossError(
+        f"the model returned {described(output)}, in which there is no scalar loss{given}",
+        hint=Remedy(
+            "snugpt.trace(..., loss=lambda output, batch: ...), or labels in the batch",
+            task="generate",
+        ),
+    )
+
+
+def left_empty(model: nn.Module, batch: Any) -> list[str]:
+    """The parameters of forward that a call with `batch` leaves to their defaults."""
+    try:
+        kinds = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [each.name for each in kinds if each.kind not in many]
+    if isinstance(batch, Mapping):
+        return [name for name in names if name not in batch]
+    return names[len(batch) if isinstance(batch, tuple | list) else 1 :]
+
+
+def _is_loss(tensor: Tensor) -> bool:
+    scalar = tensor.dim() == 0 or tensor.shape == (1,)
+    return scalar and tensor.requires_grad and tensor.is_floating_point()
+
+
+def described(output: Any) -> str:
+    """An output in few words: its kind and shapes."""
     kind = type(output).__name__
     if isinstance(output, Tensor):
-        return f"a tensor without a gradient ({str(output.dtype).removeprefix('torch.')})"
+        shape = " x ".join(map(str, output.shape)) or "of one value"
+        without = "" if output.requires_grad else " without a gradient"
+        return f"a tensor {shape}{without} ({str(output.dtype).removeprefix('torch.')})"
     if isinstance(output, Mapping):
         return f"{kind} with {', '.join(map(str, output)) or 'nothing'}"
     if isinstance(output, tuple | list):
-        return f"{kind} of {', '.join(type(each).__name__ for each in output) or 'nothing'}"
-    return kind
+        return f"{kind} of {', '.join(_short(each) for each in output) or 'nothing'}"
+    return "None" if output is None else kind
+
+
+def _short(value: Any) -> str:
+    return described(value) if isinstance(value, Tensor) or value is None else type(value).__name__

@@ -78,6 +78,7 @@ class Trace:
     notes: tuple[str, ...]
     timeline: Timeline
     tracer: Tracer
+    seq_len: int | None = None  # where the batch was made of tokens
     _largest: dict[str, int | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -157,6 +158,7 @@ class Trace:
             "train": self.tracer.train,
             "parameters": self.tracer.num_parameters,
             "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
             "largest_batch": largest,
             "autocast": dtype_name(self.tracer.autocast),
             "requested_bytes": self.requested_bytes,

@@ -22,6 +22,7 @@ from snugpt.errors import FailedError
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing import autocast
 from snugpt.tracing.attention_choice import Call, attend, attention_kernel
+from snugpt.tracing.refusals import Remedy
 
 KEY = DispatchKey.AutocastIPU
 KEY_NAME = "AutocastIPU"
@@ -230,7 +231,7 @@ def _recurrent(operation):
             raise FailedError(
                 f"{operation._schema.name.removeprefix('aten::')} runs inside cuDNN on a GPU, and"
                 " how much it keeps is not known",
-                hint="snugpt.trace(..., gpu='cpu')",
+                hint=Remedy("snugpt.trace(..., gpu='cpu')", gpu="cpu", compute_dtype=None),
             )
         with _below():
             return operation(*args, **kwargs)
