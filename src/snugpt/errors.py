@@ -45,6 +45,14 @@ class FailedError(SnugError):
     exit_code = 1
 
 
+def bad_line(path: str, number: int, why: object) -> FailedError:
+    """Return the error for a line of a file that is not what it should be; its hint shows it."""
+    import shlex
+
+    hint = f"sed -n {number}p {shlex.quote(path)}"
+    return FailedError(f"{path} line {number}: {why}", hint=hint)
+
+
 def bad_value(
     field: str, value: object, allowed: str, *, hint: str | None = None
 ) -> BadQuestionError:

@@ -19,6 +19,7 @@ fitted to any row, but the published rows were at hand while the stacks were der
 out. *Launcher stated*: the row says how the run was started, or several GPUs leave one way.
 *Launcher inferred*: on one card it does not say; of the two ways the one nearer to the figure was
 taken, which makes the row weaker evidence. A row that leaves two answers has no ratio.
+*Below 1* counts ratios that are below 1 in the digits shown.
 """
 HEAD = (
     "row", "stack", "evidence", "predicted MiB", "measured MiB", "ratio", "said", "was", "source",
