@@ -13,7 +13,7 @@ exceptions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class SnugError(Exception):
@@ -28,9 +28,22 @@ class SnugError(Exception):
 
 
 class BadQuestionError(SnugError):
-    """The question can't be answered as asked: unknown name, value out of range, contradiction."""
+    """The question can't be answered as asked: unknown name, value out of range, contradiction.
+
+    `changes` are the fields of the question, with their values, that would mend it, where known.
+    """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        changes: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.changes = changes
 
 
 class DoesNotFitError(SnugError):

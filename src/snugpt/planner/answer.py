@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, bad_value
+from snugpt.errors import BadQuestionError
 from snugpt.estimate.memory import runtime_of, timeline_of
 from snugpt.estimate.speed import speed_estimate
 from snugpt.estimate.stacks.catalogue import find_stack
@@ -83,15 +83,15 @@ def answer(
         BadQuestionError: the question can't be answered as asked.
     """
     machine = machine or machine_for(question.gpu)
-    if question.reserve >= machine.capacity_bytes:
-        raise bad_value(
-            "reserve", gib(question.reserve),
-            f"below the {gib(machine.capacity_bytes)} of {machine.gpu.name}",
-            hint=command_line(question, reserve=0),
-        )  # fmt: skip
-    asked = _named(question, machine)
-    made = draft(asked, machine, corpus)
-    choice = choose(made.found, made.asked, made.shape, machine)
+    asked = question
+    try:
+        asked = _named(question, machine)
+        made = draft(asked, machine, corpus)
+        choice = choose(made.found, made.asked, made.shape, machine)
+    except BadQuestionError as error:
+        from snugpt.planner.mending import with_working_hint
+
+        raise with_working_hint(error, asked, machine, corpus) from None
     training = isinstance(choice.recipe, TrainingRecipe)
     stack = find_stack(asked.stack)
     groups: dict[str, int] = {str(k): n for k, n in stack.parameter_groups(made.shape).items()}
