@@ -65,3 +65,21 @@ def test_the_command_of_a_hint_is_accepted_and_keeps_what_was_said(
     assert hint.endswith(BAD[line]) or BAD[line] in hint
     assert door(hint).code in (0, 3)
     assert not Path("runs").exists()
+
+
+def test_measuring_this_processor_for_a_card_is_refused_and_not_ignored(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Path] = []
+    monkeypatch.setattr("snugpt.run.machine_speed.measure_cpu_rate", lambda: 1e11)
+    monkeypatch.setattr(
+        "snugpt.run.machine_speed.keep_cpu_rate", lambda folder, _: measured.append(folder)
+    )
+    done = door("plan --gpu rtx-4090 --depth 2 --measure")
+    error, hint = refusal(done, 2)
+    assert (done.out, measured) == ("", [])
+    assert error.startswith("--measure is not allowed")
+    assert "NVIDIA GeForce RTX 4090" in error
+    assert hint == "snugpt plan --gpu rtx-4090 --depth 2"
+    assert door("plan --gpu cpu --depth 2 --measure").code in (0, 3)
+    assert len(measured) == 1

@@ -61,10 +61,12 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
     A run that a signal ended exits with 128 + its number, as shells give it: 130 for Ctrl-C.
     """
     from snugpt.cli.training_screen import TrainingScreen, receipt_lines
+    from snugpt.run.readiness import runnable
     from snugpt.run.run_folder import folder_for
     from snugpt.run.train import train as train_plan
 
     folder = folder_for(plan, name)
+    runnable(plan, lambda _: None)  # what can't be run is refused before anything is said
     argv = ("snugpt", *sys.argv[1:])
     click.echo(f"run   {folder.path}\nargv  {shlex.join(argv)}", err=True)
     screen = TrainingScreen(plan.memory.capacity_bytes)
