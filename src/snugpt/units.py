@@ -32,7 +32,7 @@ def count(number: float) -> str:
 
 def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """Write a number of things: 1 layer, 12 layers, 1 pass, 2 passes (where `nouns` says that)."""
-    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
