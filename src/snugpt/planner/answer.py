@@ -31,7 +31,7 @@ from snugpt.spec.plan import (
 )
 from snugpt.spec.question import ALIASES, Question
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
-from snugpt.units import GIB, gib
+from snugpt.units import GIB, gib, plural
 
 KEPT_CHECKPOINTS = 2
 SHARDS = 2  # our own: one file of tokens to train on, one to validate
@@ -291,5 +291,5 @@ def _notes(made: Draft, choice: Choice) -> tuple[str, ...]:
             )
     if isinstance(choice.recipe, GenerationRecipe) and choice.memory.fits:
         largest = largest_batch(choice.recipe, made.asked, made.shape, machine)
-        notes.append(f"up to {largest:,} sequences of these lengths fit at once")
+        notes.append(f"up to {plural(largest, 'sequence')} of these lengths fit at once")
     return tuple(notes)
