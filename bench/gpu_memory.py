@@ -32,6 +32,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from campaign import configurations as known
+from campaign import dry_run
 from campaign.boundary import bisect
 from campaign.children import Command, Ended, be_child, run_child, this_script
 from campaign.configurations import Configuration
@@ -228,21 +229,19 @@ class Campaign:
         }  # fmt: skip
 
     def dry_run(self, configurations: tuple[Configuration, ...]) -> None:
-        """Print what is predicted for the card that is named."""
+        """Print what is predicted for the card that is named, or for this processor."""
         self.gpu = gpu_of("cpu", {}) if self.toy else find_gpu(self.asked.gpu)
-        for c in configurations:
-            compiled = c.kind == "peer" and c.asked["compiled"]
-            if compiled or c.kind in ("training", "generation"):
-                said = self.predicted(
-                    *(known.peer_question(c.asked) if compiled else self.question(c))
-                )
-                print(
-                    f"{c.name:<33}{said.requested_bytes / 2**20:>10.1f}"
-                    f"{said.allocated_bytes / 2**20:>10.1f}"
-                    f"{said.reserved_bytes.expected / 2**20:>10.1f} {'h' * c.held_out}".rstrip()
-                )
-            else:
-                print(f"{c.name:<33}{'-':>10}")
+
+        def predicted(c: Configuration) -> MemoryEstimate | None:
+            if c.kind in ("training", "generation"):
+                return self.predicted(*self.question(c))
+            if c.kind == "peer" and c.asked["compiled"] and not self.toy:
+                return self.predicted(*known.peer_question(c.asked))
+            return None
+
+        device = "this processor" if self.toy else self.gpu.name
+        for line in dry_run.table(configurations, predicted, device=device, toy=self.toy):
+            print(line)
 
 
 def flat(ended: Ended) -> Record:
@@ -269,17 +268,28 @@ def chosen(asked: argparse.Namespace) -> tuple[Configuration, ...]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--set", choices=("eager", "compiled", "nanochat"), default="eager")
+    parser.add_argument(
+        "--set", choices=("eager", "compiled", "nanochat"), default="eager",
+        help="which configurations: run as they are, compiled, or nanochat's own code",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="file of records, read first and added to")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0,
+        help="how long this call may take; the next one goes on (default 9)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cuda measures; cpu rehearses it all at toy size on this processor",
+    )  # fmt: skip
     parser.add_argument("--snapshots", help="folder for the allocator's history of a few")
     parser.add_argument("--checkout", help="path of a checkout of nanochat")
     parser.add_argument("--stack", default="nanochat", help="version of the checkout")
     parser.add_argument("--only", help="names, with commas between")
     parser.add_argument("--list", action="store_true", help="names of the set")
-    parser.add_argument("--dry-run", action="store_true", help="what is predicted, for --gpu")
-    parser.add_argument("--gpu", default="h200", help="card of a dry run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what is predicted, run nothing"
+    )
+    parser.add_argument("--gpu", default="h200", help="card of a dry run on cuda (default h200)")
     parser.add_argument("--toy-cap", type=int, default=8 * 2**20, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

@@ -13,7 +13,7 @@ exceptions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class SnugError(Exception):
@@ -28,9 +28,22 @@ class SnugError(Exception):
 
 
 class BadQuestionError(SnugError):
-    """The question can't be answered as asked: unknown name, value out of range, contradiction."""
+    """The question can't be answered as asked: unknown name, value out of range, contradiction.
+
+    `changes` are the fields of the question, with their values, that would mend it, where known.
+    """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        changes: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.changes = changes
 
 
 class DoesNotFitError(SnugError):
@@ -43,6 +56,14 @@ class FailedError(SnugError):
     """The work stopped half-way for a reason outside the question."""
 
     exit_code = 1
+
+
+def bad_line(path: str, number: int, why: object) -> FailedError:
+    """Return the error for a line of a file that is not what it should be; its hint shows it."""
+    import shlex
+
+    hint = f"sed -n {number}p {shlex.quote(path)}"
+    return FailedError(f"{path} line {number}: {why}", hint=hint)
 
 
 def bad_value(

@@ -30,6 +30,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
+    """Write a number of things: 1 layer, 12 layers, 1 pass, 2 passes (where `nouns` says that)."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
 def duration(seconds: float) -> str:
     """Write a time span in the unit a person would use: 42 s, 3.1 min, 2.4 h, 12 days."""
     if seconds < 120:

@@ -54,7 +54,7 @@ def test_the_whole_story_in_eight_steps(door: Door, monkeypatch: pytest.MonkeyPa
     assert stored.steps == 8
     assert max(map(len, done.out.partition("4  What it writes")[0].splitlines())) <= 80
     assert door("generate x --prompt 'The file' --max-new-tokens 3").code == 0
-    assert "1 measurements" in door("records").out
+    assert "1 measurement," in door("records").out
 
 
 @pytest.mark.parametrize(

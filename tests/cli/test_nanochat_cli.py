@@ -52,7 +52,9 @@ def test_what_does_not_fit_exits_3_and_hints_the_same_stack(door: Door) -> None:
 
 def test_a_plan_of_nanochat_is_not_trained_here(door: Door) -> None:
     assert door("plan --stack nanochat --gpu h100 --depth 4 -o plan.json").code == 0
-    error, hint = refusal(door("train plan.json"), 2)
+    done = door("train plan.json")
+    error, hint = refusal(done, 2)
+    assert (done.out, len(done.err.splitlines())) == ("", 2)  # no run is announced
     assert "stack = 'nanochat@2026-07'" in error
     assert hint == json.loads(Path("plan.json").read_text())["command"]
     assert not Path("runs").exists()

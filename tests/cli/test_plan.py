@@ -48,6 +48,22 @@ def _json(capsys: pytest.CaptureFixture[str], *flags: str, code: int = 0) -> dic
     return printed
 
 
+def test_one_of_a_thing_is_not_written_as_many(capsys: pytest.CaptureFixture[str]) -> None:
+    one = "--depth 1 --device-batch-size 1 --total-batch-tokens 2048 --total-tokens 2048"
+    assert run(["plan", "--gpu", "rtx-4090", *one.split()]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train nanochat 1 layer, 12.8M parameters" in text
+    assert "1 layer x 128 wide, 1 head, context" in text
+    assert ": 1 step, 2.05K tokens" in text
+    assert "= 1 x 2048 x 1 pass; pinned" in text
+    two = "--depth 4 --device-batch-size 1 --total-batch-tokens 4096 --total-tokens 8192"
+    assert run(["plan", "--gpu", "rtx-4090", *two.split()]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "4 layers x 256 wide, 2 heads, context" in text
+    assert ": 2 steps, 8.19K tokens" in text
+    assert "x 2 passes; pinned" in text
+
+
 def test_json_holds_the_stable_keys(capsys: pytest.CaptureFixture[str]) -> None:
     made = _json(capsys, *D12)
     for path, names in KEYS.items():

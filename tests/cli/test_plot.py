@@ -59,12 +59,19 @@ def test_a_generation_shows_prefill_and_decode(door: Door, elsewhere: Path) -> N
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("missing/out.svg", "a file's path in a folder that exists"),
-        ("-", "a file's path in a folder that exists"),
-        ("folder.svg", "a file's path in a folder that exists"),
-        ("fifo.svg", "a file's path in a folder that exists"),
-        ("link.svg", "a file's path in a folder that exists"),
-        ("'a\nb'/out.svg", "a file's path in a folder that exists"),
+        ("missing/out.svg", "there is no folder 'missing'"),
+        ("text.txt/out.svg", "'text.txt' is no folder"),
+        ("-", "a file's name, it is not written to stdout"),
+        ("folder.svg", "it is a folder, a file's name is needed"),
+        (".", "it is a folder, a file's name is needed"),
+        ("fifo.svg", "it is a device or a pipe and no file"),
+        ("/dev/null", "it is a device or a pipe and no file"),
+        ("link.svg", "it is a link to nothing, which would be replaced; name the file itself"),
+        ("to_text.svg", "it is a link, which would be replaced; name the file itself"),
+        ("'a\nb'/out.svg", r"there is no folder 'a\nb'"),
+        ("a" * 300 + ".svg", "file name too long"),
+        ("a" * 250 + ".svg", "file name too long"),
+        (".svg", "a name that ends in .svg and has something before it"),
         ("out.png", "a name that ends in .svg"),
         ("out", "a name that ends in .svg"),
         ("text.txt", "a name that ends in .svg"),
@@ -76,6 +83,7 @@ def test_what_can_be_no_picture_is_refused_before_any_work(
     (elsewhere / "folder.svg").mkdir()
     os.mkfifo(elsewhere / "fifo.svg")
     (elsewhere / "link.svg").symlink_to(elsewhere / "target")
+    (elsewhere / "to_text.svg").symlink_to(elsewhere / "text.txt")
     before = names_under(elsewhere)
     done = door(f"{D2} --plot {path}")
     error, hint = refusal(done, 2)

@@ -69,13 +69,21 @@ def test_json_of_no_runs_is_still_one_object(door: Door) -> None:
 @pytest.mark.usefixtures("several")
 def test_the_table_has_the_ratios_of_the_runs_that_fitted(door: Door) -> None:
     first, head, *rows = door("records").out.splitlines()
-    assert first == "6 measurements, predicted ÷ measured"
+    assert first == "6 measurements, predicted ÷ measured; < 1 counts ratios below 1 as shown"
     assert head.split()[:6] == ["program", "counter", "n", "min", "median", "max"]
     assert [row.split() for row in rows] == [
         ["snugpt", "train", counter, "3", f"{low:.4f}", f"{middle:.4f}", f"{high:.4f}", str(below)]
         for counter, (low, middle, high, below) in EXPECTED.items()
     ]
     assert max(map(len, [first, head, *rows])) <= 80
+
+
+def test_a_ratio_that_is_shown_as_1_is_not_counted_below_1(door: Door) -> None:
+    keep(1, predicted=predicted(10**6, 3 * 10**6), allocated_bytes=10**6 + 49)
+    keep(2, predicted=predicted(10**6, 3 * 10**6), allocated_bytes=10**6 + 51)
+    _, _, row = door("records").out.splitlines()
+    words = row.split()
+    assert (words[2], words[4], words[6], words[7]) == ("allocated", "0.9999", "1.0000", "1")
 
 
 @pytest.mark.usefixtures("several")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from naive_allocator import MIB
 from snapshot_writer import SnapshotWriter, random_run
 from snugpt.cli.snapshot_screen import screen
+from snugpt.errors import FailedError
 from snugpt.estimate.replay import replay
 from snugpt.estimate.snapshot import read_snapshot
 
@@ -75,5 +78,32 @@ def test_where_the_replay_parts_is_said(tmp_path: Path) -> None:
     blocks.insert(1, gap)
     text = " ".join(shown(run, tmp_path, **plain).split())
     assert "the ways part at event 3 of 4, alloc of 6.00 MiB: as much is held, but another" in text
+
+
+def test_without_a_history_nothing_is_said_to_agree(tmp_path: Path) -> None:
+    run = SnapshotWriter()
+    run.allocate(5 * MIB)
     text = " ".join(shown(run, tmp_path, device_traces=[[]]).split())
     assert "note no history" in text
+    assert "history 0 events, 1 segment at the end" in text
+    assert "peak" not in text
+    assert "held 5.00 MiB of tensors" in text
+    assert "did what the real one did" not in text
+    assert "replay nothing to replay, so nothing is compared" in text
+
+
+@pytest.mark.parametrize("name", ["my s.pickle.gz", "s.pickle"])
+def test_a_packed_snapshot_is_named_as_such_and_its_hint_unpacks_it(
+    name: str, tmp_path: Path
+) -> None:
+    run = SnapshotWriter()
+    run.allocate(5 * MIB)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(pickle.dumps(run.plain())))
+    with pytest.raises(FailedError, match="is packed with gzip") as caught:
+        read_snapshot(path)
+    assert caught.value.hint is not None
+    subprocess.run(caught.value.hint, shell=True, check=True)
+    (unpacked,) = set(tmp_path.iterdir()) - {path}
+    assert path.exists()
+    assert len(read_snapshot(unpacked).segments) == 1

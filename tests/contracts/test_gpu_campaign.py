@@ -292,9 +292,55 @@ def test_the_parent_predicts_without_torch() -> None:
     )
     where = {"PYTHONPATH": OUR_PATH}
     out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=BENCH, env=where)
-    name, requested, allocated, reserved = out.split()
+    name, requested, allocated, reserved = out.splitlines()[-1].split()
     assert name == "nano-d12-b8"
     assert 0 < float(requested) <= float(allocated) <= float(reserved)
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    assert gpu_memory.main(["--dry-run", *flags]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_dry_run_says_what_its_columns_and_marks_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = "gpt2-d12-b8-adamw,scratch-attention,boundary-nano-d8"
+    first, head, gpt2, scratch, boundary, *foot = dry_run(
+        capsys, "--gpu", "a100-40gb", "--only", names
+    )
+    assert first == "predicted for NVIDIA A100-SXM4-40GB, peaks in MiB; nothing was run"
+    assert head.split() == ["configuration", "requested", "allocated", "reserved", "held", "out"]
+    assert [len(head[: head.index(" held")]), gpt2.split()[-1]] == [gpt2.index(" h"), "h"]
+    assert scratch.split()[1:4] == boundary.split()[1:4] == ["-"] * 3
+    assert "single kernels" in scratch
+    assert "found by trials" in boundary
+    assert [line[:3] for line in foot] == ["h: ", "-: "]
+    assert len(dry_run(capsys, "--only", "nano-d12-b8")) == 3  # no mark, no word of it
+
+
+def test_a_dry_run_on_the_processor_says_that_its_rows_are_shrunk(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = dry_run(capsys, "--device", "cpu", "--only", "nano-d12-b8")
+    assert lines[0].startswith("predicted for this processor, peaks in MiB")
+    assert "shrunk to toy size" in lines[1]
+    assert not any("shrunk" in line for line in dry_run(capsys, "--only", "nano-d12-b8"))
+    peers = dry_run(capsys, "--device", "cpu", "--set", "nanochat")
+    row = next(line for line in peers if "compiled" in line)
+    assert row.split()[1:4] == ["-"] * 3  # at toy size nanochat is run and not predicted
+
+
+def test_every_option_of_the_campaign_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_memory.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for option, words in {
+        "--set {eager,compiled,nanochat}": "which configurations",
+        "--minutes MINUTES": "how long this call may take",
+        "--device {cuda,cpu}": "cuda measures; cpu rehearses",
+    }.items():
+        assert f"{option} {words}" in text
 
 
 def test_the_history_keeps_pytorchs_entries_our_lines_and_our_phases() -> None:

@@ -39,7 +39,12 @@ def test_every_run_that_is_named_is_predicted_and_no_other_row() -> None:
         name for name, row in ROWS.items()
         if isinstance(prediction_of(row, RUNS.get(name)), Prediction)
     }  # fmt: skip
-    assert predicted == RUNS.keys()
+    assert predicted == {name for name, run in RUNS.items() if run.stack is not None}
+
+
+def test_a_row_that_could_be_predicted_and_has_no_run_says_so() -> None:
+    row = ROWS[EIGHT_CARDS]
+    assert prediction_of(row, None) == Refusal(reason="no run is given for it")
 
 
 def test_a_run_on_eight_cards_is_predicted_with_its_launcher() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from snugpt.ledger.grading import Graded, Group, Report, Verdicts
-from snugpt.units import MIB
+from snugpt.units import MIB, plural
 
 COMMAND = "snugpt records accuracy --markdown > docs/concepts/accuracy.md"
 INTRODUCTION = """\
@@ -19,6 +19,7 @@ fitted to any row, but the published rows were at hand while the stacks were der
 out. *Launcher stated*: the row says how the run was started, or several GPUs leave one way.
 *Launcher inferred*: on one card it does not say; of the two ways the one nearer to the figure was
 taken, which makes the row weaker evidence. A row that leaves two answers has no ratio.
+*Below 1* counts ratios that are below 1 in the digits shown.
 """
 HEAD = (
     "row", "stack", "evidence", "predicted MiB", "measured MiB", "ratio", "said", "was", "source",
@@ -38,7 +39,8 @@ where the row leaves two answers.
 
 def screen(report: Report) -> Iterator[str]:
     """Lines of at most 80 columns."""
-    yield f"{report.num_published} published rows, {report.num_own} records of our own on a GPU"
+    published = plural(report.num_published, "published row")
+    yield f"{published}, {plural(report.num_own, 'record')} of our own on a GPU"
     yield "predicted ÷ measured; above 1 is on the safe side"
     yield ""
     yield f"{'program':<18}{'evidence':<20}{'counter':<10}{'n':>4}{'min':>9}{'median':>9}{'max':>9}"
@@ -52,7 +54,7 @@ def screen(report: Report) -> Iterator[str]:
     for subject, verdict in verdict_lines(report.verdicts):
         yield f"{subject:<22}{verdict}"
     yield ""
-    yield f"not predicted: {sum(refused.n for refused in report.refused)} rows"
+    yield f"not predicted: {plural(sum(refused.n for refused in report.refused), 'row')}"
     for refused in report.refused:
         yield f"{refused.n:>6}  {refused.reason[:70]}"
 

@@ -110,7 +110,7 @@ def run(argv: list[str]) -> int:
         say_error(error.message, error.hint or f"snugpt {verb}--help")
         return error.exit_code
     except click.UsageError as error:
-        say_error(*_usage(error))
+        say_error(*_usage(error, argv))
         return 2
     except click.ClickException as error:
         say_error(error.format_message(), None)
@@ -161,9 +161,13 @@ def _with_hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _usage(error: click.UsageError) -> tuple[str, str]:
-    """click's message in our words: lower case, no full stop, the nearest option named."""
-    path = error.ctx.command_path if error.ctx else "snugpt"
+def _usage(error: click.UsageError, argv: list[str]) -> tuple[str, str]:
+    """click's message in our words: lower case, no full stop, the nearest option named.
+
+    Of a flag without its value click does not say to which verb it belongs.
+    """
+    verb = argv[0] if argv[0] in VERBS else ""
+    path = error.ctx.command_path if error.ctx else f"snugpt {verb}".rstrip()
     hint = f"{path} --help"
     if isinstance(error, click.NoSuchOption):
         flags = error.ctx.command.params if error.ctx else []

@@ -15,6 +15,7 @@ from snugpt.errors import BadQuestionError, DoesNotFitError, bad_value
 from snugpt.planner.answer import MOST_ALTERNATIVES, answer
 from snugpt.planner.command import command_line
 from snugpt.planner.horizon import CorpusSize
+from snugpt.planner.machine import CPU_ID, machine_for
 from snugpt.spec.host import default_cache_folder
 from snugpt.spec.plan import Plan, encode_plan
 from snugpt.spec.question import Question
@@ -50,12 +51,11 @@ def plan(
       snugpt plan --gpu gtx-1070 --task generate --preset 150M
     """
     _check_outputs(output, plot)
+    question = question_from(flags)
     if measure:
-        from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
-
-        keep_cpu_rate(default_cache_folder(), measure_cpu_rate())
+        _measure_this_processor(question)
     whole = as_json or output is not None
-    made = planned(question_from(flags), num_alternatives=MOST_ALTERNATIVES if whole else 0)
+    made = planned(question, num_alternatives=MOST_ALTERNATIVES if whole else 0)
     if as_json:
         sys.stdout.write(encode_plan(made).decode())
     else:
@@ -68,6 +68,23 @@ def plan(
         raise does_not_fit(made)
     if output is not None:
         write_output(output, encode_plan(made))
+
+
+def _measure_this_processor(question: Question) -> None:
+    """Train for ten seconds here, where the plan is for here.
+
+    Raises:
+        BadQuestionError: it is for a card, whose speed this says nothing of.
+    """
+    found = machine_for(question.gpu).gpu
+    if found.id != CPU_ID:
+        raise BadQuestionError(
+            f"--measure is not allowed: it measures this processor, not {found.name}",
+            hint=command_line(question),
+        )
+    from snugpt.run.machine_speed import keep_cpu_rate, measure_cpu_rate
+
+    keep_cpu_rate(default_cache_folder(), measure_cpu_rate())
 
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:

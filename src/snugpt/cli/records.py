@@ -7,9 +7,11 @@ from pathlib import Path
 import click
 import msgspec
 
+from snugpt.errors import BadQuestionError
 from snugpt.ledger.accuracy import AccuracyRow, accuracy
 from snugpt.ledger.store import read_all
 from snugpt.spec.host import default_ledger_folder
+from snugpt.units import plural
 
 # Beside the source; an installed package has no records, so there they are named.
 RECORDS = Path(__file__).parents[3] / "records"
@@ -41,7 +43,8 @@ def records(context: click.Context, ledger: Path | None, as_json: bool) -> None:
     if not found:
         click.echo("no runs yet\nhint: snugpt demo", err=True)
         return
-    click.echo(f"{len(found)} measurements, predicted ÷ measured")
+    number = plural(len(found), "measurement")
+    click.echo(f"{number}, predicted ÷ measured; < 1 counts ratios below 1 as shown")
     for line in table(rows):
         click.echo(line)
 
@@ -53,7 +56,10 @@ def records(context: click.Context, ledger: Path | None, as_json: bool) -> None:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--markdown", is_flag=True, help="The page docs/concepts/accuracy.md.")
-def accuracy_of_records(folder: Path, as_json: bool, markdown: bool) -> None:
+@click.pass_context
+def accuracy_of_records(
+    context: click.Context, folder: Path, as_json: bool, markdown: bool
+) -> None:
     """Grade this version against published measurements and the records kept in its source.
 
     Every row is predicted anew or refused with its reason. Nothing here runs on a GPU.
@@ -64,6 +70,18 @@ def accuracy_of_records(folder: Path, as_json: bool, markdown: bool) -> None:
     from snugpt.cli import accuracy_page
     from snugpt.ledger.grading import grade
 
+    before = context.parent.params if context.parent is not None else {}
+    as_json = as_json or before.get("as_json", False)
+    if before.get("ledger") is not None:
+        raise BadQuestionError(
+            f"ledger = {str(before['ledger'])!r} decides nothing for accuracy",
+            hint="snugpt records accuracy",
+        )
+    if as_json and markdown:
+        raise BadQuestionError(
+            "json and markdown are two forms of one answer: one of them",
+            hint="snugpt records accuracy --markdown",
+        )
     report = grade(folder)
     if as_json:
         click.echo(msgspec.json.encode(report).decode())

@@ -12,7 +12,7 @@ import click
 
 from snugpt.spec.plan import Alternative, Plan
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
-from snugpt.units import GIB, count, duration, gib
+from snugpt.units import GIB, count, duration, gib, plural
 
 COLUMNS = 79
 LABEL = 9
@@ -96,14 +96,15 @@ def command_rows(command: str) -> Iterator[str]:
 
 def _head(plan: Plan) -> Iterator[str]:
     shape, gpu = plan.shape, plan.gpu
-    subject = plan.question.preset or plan.question.model or f"{shape.num_layers} layers"
+    subject = plan.question.preset or plan.question.model or plural(shape.num_layers, "layer")
     task = "generate with" if plan.recipe.__class__ is GenerationRecipe else "train"
     verdict = "FITS" if plan.fits else "DOES NOT FIT"
     first = f"{task} {shape.style} {subject}, {count(plan.parameters.total)} parameters"
     room = COLUMNS - len(verdict) - 2
     style = {"fg": "green" if plan.fits else "red", "bold": True}
     yield _cut(first, room).ljust(room + 2) + click.style(verdict, **style)  # type: ignore[arg-type]
-    layout = f"{shape.num_layers} layers x {shape.model_dim} wide, {shape.num_heads} heads"
+    layout = f"{plural(shape.num_layers, 'layer')} x {shape.model_dim} wide"
+    layout += f", {plural(shape.num_heads, 'head')}"
     yield f"{layout}, context {shape.context_len}, vocabulary {shape.vocab_size}"
     yield _cut(f"on {gpu.name} ({gpu.id}), {gib(plan.memory.capacity_bytes)} usable", COLUMNS)
 
@@ -173,10 +174,12 @@ def _pace(plan: Plan) -> Iterator[str]:
     low, high = seconds * rate.expected / rate.high, seconds * rate.expected / rate.low
     yield from row(
         "time",
-        f"{duration(seconds)} ({duration(low)} to {duration(high)}): {recipe.num_steps:,} steps,"
+        f"{duration(seconds)} ({duration(low)} to {duration(high)}):"
+        f" {plural(recipe.num_steps, 'step')},"
         f" {count(recipe.total_tokens)} tokens = {plan.reasons['total_tokens']}",
     )
-    product = f"{recipe.device_batch_size} x {recipe.seq_len} x {recipe.grad_accum_steps} passes"
+    product = f"{recipe.device_batch_size} x {recipe.seq_len} x "
+    product += plural(recipe.grad_accum_steps, "pass", "passes")
     product += f" x {recipe.world_size} GPUs" if recipe.world_size > 1 else ""
     rule = plan.reasons["total_batch_tokens"]
     yield from row("step", f"{recipe.total_batch_tokens:,} tokens = {product}; {rule}")

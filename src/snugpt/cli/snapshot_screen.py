@@ -9,7 +9,7 @@ from snugpt.estimate.recorded import timeline_of_snapshot
 from snugpt.estimate.replay import Replay
 from snugpt.estimate.snapshot import Snapshot
 from snugpt.estimate.timeline import Alive
-from snugpt.units import gib
+from snugpt.units import gib, plural
 
 MOST_TENSORS = 10
 MOST_OOMS = 3
@@ -24,14 +24,17 @@ def _lines(replay: Replay, snapshot: Snapshot) -> Iterator[str]:
     kind = "expandable segments" if replay.expandable else "native segments"
     yield f"memory snapshot of CUDA device {snapshot.device}, {kind}"
     num_segments = len(snapshot.segments)
-    yield from row("history", f"{replay.num_events:,} events, {num_segments:,} segments at the end")
+    yield from row(
+        "history",
+        f"{plural(replay.num_events, 'event')}, {plural(num_segments, 'segment')} at the end",
+    )
     yield ""
     yield from _counters(replay)
     yield from row("replay", _verdict(replay))
     yield from _out_of_memory(replay)
     yield ""
     alive, phases = timeline_of_snapshot(snapshot).read(1)
-    yield from _peak(alive, phases)
+    yield from _peak(alive, phases, "peak" if replay.num_events else "held")
     for note in replay.notes:
         yield from row("note", note)
 
@@ -45,12 +48,16 @@ def _counters(replay: Replay) -> Iterator[str]:
         ("allocated, at the end", replay.recorded_allocated_end, replay.replayed_allocated_end),
     )
     for name, recorded, replayed in rows:
+        if name.endswith("peak") and replay.num_events == 0:
+            continue  # what is held at the end is no peak
         known = "-" if recorded is None else gib(recorded)
         yield f"{'':{LABEL}}{name:21}{known:>11}{gib(replayed):>12}"
 
 
 def _verdict(replay: Replay) -> str:
     parting = replay.parting
+    if parting is None and replay.num_events == 0:
+        return "nothing to replay, so nothing is compared: the file holds no event"
     if parting is None:
         return "the simulated allocator did what the real one did, event by event"
     where = f"event {parting.index + 1:,} of {replay.num_events:,}"
@@ -76,10 +83,10 @@ def _out_of_memory(replay: Replay) -> Iterator[str]:
         yield from row("", f"and {len(replay.ooms) - MOST_OOMS:,} times more")
 
 
-def _peak(alive: Alive, phases: dict[str, int]) -> Iterator[str]:
+def _peak(alive: Alive, phases: dict[str, int], label: str) -> Iterator[str]:
     told = [f"{name} {gib(size)}" for name, size in phases.items() if name != "recorded"]
     where = f" in {alive.phase}" if told else ""
-    yield from row("peak", f"{gib(alive.bytes)} of tensors{where}, largest first (bytes, number,"
+    yield from row(label, f"{gib(alive.bytes)} of tensors{where}, largest first (bytes, number,"
                    " where they were made):")  # fmt: skip
     stacks: dict[str, tuple[int, int]] = {}
     for buffer, number in alive.buffers.items():

@@ -48,7 +48,7 @@ def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any)
     if plan_file is not None:
         plan = read_plan(plan_file)
     else:
-        plan = planned(_with_text(question_from(flags)))
+        plan = _planned_to_train(question_from(flags), name)
         if not as_json:
             print_plan(plan)
             click.echo()
@@ -61,10 +61,12 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
     A run that a signal ended exits with 128 + its number, as shells give it: 130 for Ctrl-C.
     """
     from snugpt.cli.training_screen import TrainingScreen, receipt_lines
+    from snugpt.run.readiness import runnable
     from snugpt.run.run_folder import folder_for
     from snugpt.run.train import train as train_plan
 
     folder = folder_for(plan, name)
+    runnable(plan, lambda _: None)  # what can't be run is refused before anything is said
     argv = ("snugpt", *sys.argv[1:])
     click.echo(f"run   {folder.path}\nargv  {shlex.join(argv)}", err=True)
     screen = TrainingScreen(plan.memory.capacity_bytes)
@@ -99,6 +101,20 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
     if result.interrupted_by is not None and not result.finished:
         return 128 + signal.Signals[result.interrupted_by].value
     return 0
+
+
+def _planned_to_train(question: Question, name: str | None) -> Plan:
+    """The plan of a question; the hint of a refusal trains too."""
+    try:
+        return planned(_with_text(question))
+    except BadQuestionError as error:
+        start, hint = "snugpt plan --", error.hint or ""
+        if not hint.startswith(start):
+            raise
+        hint = hint.replace(start, "snugpt train --", 1)
+        if name is not None and not hint.endswith(" --help"):
+            hint += f" --name {shlex.quote(name)}"
+        raise BadQuestionError(error.message, hint=hint) from None
 
 
 def _with_text(question: Question) -> Question:

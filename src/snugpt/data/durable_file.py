@@ -22,8 +22,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     A reader sees the old file or the new one, never a part, also after a power cut. If the block
     or the disk fails, the part already written is removed; a failing disk raises FailedError.
     """
-    # The process number and a random part keep two processes that prepare the same data apart.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as file:
@@ -42,6 +41,12 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         # has already been reported above.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The other name a file is written under; each call gives another one, equally long."""
+    # The process number and a random part keep two processes that prepare the same data apart.
+    return path.with_name(f".{path.name}.{os.getpid():07}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -25,6 +25,7 @@ MAX_FILE_BYTES = 2 * GIB
 MAX_ENTRIES = 20_000_000  # segments, blocks and events together; one may stand in a file often
 MAX_KEYS = 64  # of one segment, block or event: PyTorch writes about a dozen
 FRAMES_KEPT, FRAMES_LOOKED_AT = 3, 256
+GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 NO_FRAMES: list[object] = []
 
 Action = Literal[
@@ -127,6 +128,8 @@ def read_snapshot(path: Path, device: int | None = None) -> Snapshot:
     that is not there.
     """
     data = _bytes_of(path)
+    if data.startswith(GZIP):
+        raise FailedError(f"{path} is packed with gzip", hint=_unpacking(path))
     try:
         return _Reader().snapshot(load_plain(data), device)
     except DamagedError as error:
@@ -139,6 +142,16 @@ def read_snapshot(path: Path, device: int | None = None) -> Snapshot:
         f"{path} is no CUDA memory snapshot: {why}",
         hint="write one with torch.cuda.memory._dump_snapshot('snapshot.pickle')",
     ) from None
+
+
+def _unpacking(path: Path) -> str:
+    """The command that unpacks a file beside itself; gunzip wants a name that ends in .gz."""
+    import shlex
+
+    name = shlex.quote(str(path))
+    if path.suffix == ".gz":
+        return f"gunzip -k {name}"
+    return f"gunzip < {name} > {shlex.quote(str(path) + '.unpacked')}"
 
 
 def _bytes_of(path: Path) -> bytes:

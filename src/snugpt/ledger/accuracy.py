@@ -10,6 +10,8 @@ import msgspec
 
 from snugpt.spec.measurement import Counter, Measurement
 
+RATIO_DIGITS = 4  # behind the point, as every table shows a ratio
+
 
 class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Predicted ÷ measured of one program by one counter; above 1 is on the safe side."""
@@ -20,7 +22,7 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lowest: float
     middle: float  # the median
     highest: float
-    num_below_1: int  # runs that took more than was predicted
+    num_below_1: int  # runs that took more than was predicted, in the digits of a ratio
 
 
 def accuracy(measurements: Iterable[Measurement]) -> tuple[AccuracyRow, ...]:
@@ -45,5 +47,5 @@ def accuracy_row(program: str, counter: Counter, ratios: list[float]) -> Accurac
         lowest=min(ratios),
         middle=median(ratios),
         highest=max(ratios),
-        num_below_1=sum(ratio < 1.0 for ratio in ratios),
+        num_below_1=sum(round(ratio, RATIO_DIGITS) < 1.0 for ratio in ratios),
     )

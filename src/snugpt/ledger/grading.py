@@ -17,11 +17,11 @@ from snugpt.errors import FailedError
 from snugpt.ledger.accuracy import AccuracyRow, accuracy_row
 from snugpt.ledger.bounds import upper_bound
 from snugpt.ledger.graded import Graded
-from snugpt.ledger.own_records import content_of, graded_record, own_records
-from snugpt.ledger.predicting import Prediction, Refusal, prediction_of
+from snugpt.ledger.own_records import OTHER_FOLDER, content_of, graded_record, own_records
+from snugpt.ledger.predicting import NO_RUN, Prediction, Refusal, prediction_of
 from snugpt.spec.measurement import Counter
-from snugpt.spec.published import PublishedModel, PublishedRow, PublishedRun, published_lines
-from snugpt.units import MIB
+from snugpt.spec.published import PublishedModel, PublishedRow, PublishedRun, Row, published_lines
+from snugpt.units import MIB, plural
 
 PUBLISHED, RUNS = "published.jsonl", "published-runs.jsonl"
 OWN_FOLDER = "gpu"
@@ -73,21 +73,33 @@ def grade(folder: Path) -> Report:
 
     Raises:
         BadQuestionError: the folder has no published rows.
-        FailedError: a file can't be read, or a line is not what it should be.
+        FailedError: a file can't be read, a line is not what it should be, or a row of a program
+            that is modelled has no run.
     """
-    rows = published_lines(content_of(folder / PUBLISHED), PublishedRow, PUBLISHED)
-    runs = {r.id: r for r in published_lines(content_of(folder / RUNS), PublishedRun, RUNS)}
+    rows = _lines(folder / PUBLISHED, PublishedRow)
+    runs = {run.id: run for run in _lines(folder / RUNS, PublishedRun)}
     unknown = runs.keys() - {row.id for row in rows}
     if unknown:
-        raise FailedError(f"{RUNS} has no row {sorted(unknown)[0]!r} in {PUBLISHED}")
+        raise FailedError(
+            f"{folder / RUNS} has {sorted(unknown)[0]!r}, which is no row of {PUBLISHED}",
+            hint=OTHER_FOLDER,
+        )
     found: list[Graded] = []
     refused: Tally[str] = Tally()
+    without_run: list[str] = []
     for row in rows:
         said = prediction_of(row, runs.get(row.id))
         if isinstance(said, Refusal):
             refused[said.reason] += 1
+            without_run += [row.id] * (said.reason == NO_RUN)
         else:
             found.append(_graded(row, said))
+    if without_run:
+        raise FailedError(
+            f"{folder / RUNS} lacks the run{'s' * (len(without_run) > 1)} of"
+            f" {plural(len(without_run), 'row')} of {PUBLISHED}: {', '.join(without_run)}",
+            hint=OTHER_FOLDER,
+        )
     own = own_records(folder / OWN_FOLDER)
     for record in own:
         grades = graded_record(record)
@@ -101,6 +113,10 @@ def grade(folder: Path) -> Report:
         refused=tuple(Refused(reason=r, n=n) for r, n in _by_number(+refused)),
         graded=tuple(found),
     )
+
+
+def _lines(path: Path, kind: type[Row]) -> tuple[Row, ...]:
+    return published_lines(content_of(path), kind, str(path))
 
 
 def _graded(row: PublishedRow, said: Prediction) -> Graded:

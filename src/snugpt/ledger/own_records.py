@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, FailedError
+from snugpt.errors import BadQuestionError, FailedError, bad_line
 from snugpt.estimate.memory import memory_estimate
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.ledger.graded import Graded
@@ -21,6 +21,8 @@ from snugpt.spec.gpu import Gpu
 from snugpt.spec.measurement import Counter, Measurement, measurement_from_json
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import ModelShape
+
+OTHER_FOLDER = "snugpt records accuracy --records PATH/TO/snugpt/records"
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -70,7 +72,7 @@ def own_records(folder: Path) -> list[OwnRecord]:
             try:
                 line = msgspec.json.decode(text, type=Line)
             except msgspec.MsgspecError as error:
-                raise FailedError(f"{path.name} line {number}: {error}") from error
+                raise bad_line(str(path), number, error) from error
             record = None if line.toy else _record(line)
             if record is not None:
                 found[path.name, line.name] = record
@@ -172,7 +174,7 @@ def content_of(path: Path) -> bytes:
     except FileNotFoundError:
         raise BadQuestionError(
             f"{path} is not there: the records of snugpt come with its source",
-            hint="snugpt records accuracy --records PATH/TO/snugpt/records",
+            hint=OTHER_FOLDER,
         ) from None
     except OSError as error:
         raise FailedError(

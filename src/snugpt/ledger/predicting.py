@@ -21,6 +21,9 @@ from snugpt.spec.shape import ModelShape
 Evidence = Literal["launcher stated", "launcher inferred", "launcher unknown"]
 
 
+NO_RUN = "no run is given for it"
+
+
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """What a stack says of a row; None where the row leaves two answers, or the card is unknown."""
 
@@ -44,10 +47,10 @@ def prediction_of(row: PublishedRow, run: PublishedRun | None) -> Prediction | R
     Where those disagree, the figure is None, not a choice.
     """
     refused = _refusal(row, run)
-    if refused is not None or run is None:
-        return Refusal(reason=refused or "no stack is named for it")
+    if refused is not None or run is None or run.stack is None:
+        return Refusal(reason=refused or NO_RUN)
     try:
-        shape, recipes = _shape(row, run), tuple(_recipes(row, run))
+        shape, recipes = _shape(row, run.stack), tuple(_recipes(row, run, run.stack))
     except BadQuestionError as error:
         return Refusal(reason=f"the stack has no such model: {error.message}")
     card = _card(row)
@@ -84,6 +87,8 @@ def _refusal(row: PublishedRow, run: PublishedRun | None) -> str | None:
     if None in (row.seq_len, row.device_batch_size, row.num_gpus, row.model.layers):
         return "shape not stated"
     if run is None:
+        return NO_RUN
+    if run.stack is None:
         return "version not modelled: " + row.program.partition("@")[2]
     return None
 
@@ -102,9 +107,9 @@ def _evidence(run: PublishedRun) -> Evidence:
     return by_launcher[run.launcher_is]
 
 
-def _shape(row: PublishedRow, run: PublishedRun) -> ModelShape:
+def _shape(row: PublishedRow, stack: str) -> ModelShape:
     """The dial's shape with the row's own heads, which move only the attention's statistics."""
-    version = find_stack(run.stack).version
+    version = find_stack(stack).version
     assert version is not None
     assert row.model.layers is not None
     assert row.seq_len is not None
@@ -117,7 +122,7 @@ def _shape(row: PublishedRow, run: PublishedRun) -> ModelShape:
     )
 
 
-def _recipes(row: PublishedRow, run: PublishedRun) -> Iterator[TrainingRecipe]:
+def _recipes(row: PublishedRow, run: PublishedRun, stack: str) -> Iterator[TrainingRecipe]:
     """Every recipe the row allows: both launchers, with and without accumulation."""
     launchers: tuple[Launcher, ...] = (
         ("python", "torchrun") if run.launcher is None else (run.launcher,)
@@ -129,7 +134,7 @@ def _recipes(row: PublishedRow, run: PublishedRun) -> Iterator[TrainingRecipe]:
             assert row.device_batch_size is not None
             assert row.num_gpus is not None
             yield nanochat_recipe(
-                run.stack,
+                stack,
                 seq_len=row.seq_len,
                 device_batch_size=row.device_batch_size,
                 grad_accum_steps=accumulation,

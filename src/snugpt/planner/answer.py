@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, bad_value
+from snugpt.errors import BadQuestionError
 from snugpt.estimate.memory import runtime_of, timeline_of
 from snugpt.estimate.speed import speed_estimate
 from snugpt.estimate.stacks.catalogue import find_stack
@@ -31,7 +31,7 @@ from snugpt.spec.plan import (
 )
 from snugpt.spec.question import ALIASES, Question
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
-from snugpt.units import GIB, gib
+from snugpt.units import GIB, gib, plural
 
 KEPT_CHECKPOINTS = 2
 SHARDS = 2  # our own: one file of tokens to train on, one to validate
@@ -83,15 +83,15 @@ def answer(
         BadQuestionError: the question can't be answered as asked.
     """
     machine = machine or machine_for(question.gpu)
-    if question.reserve >= machine.capacity_bytes:
-        raise bad_value(
-            "reserve", gib(question.reserve),
-            f"below the {gib(machine.capacity_bytes)} of {machine.gpu.name}",
-            hint=command_line(question, reserve=0),
-        )  # fmt: skip
-    asked = _named(question, machine)
-    made = draft(asked, machine, corpus)
-    choice = choose(made.found, made.asked, made.shape, machine)
+    asked = question
+    try:
+        asked = _named(question, machine)
+        made = draft(asked, machine, corpus)
+        choice = choose(made.found, made.asked, made.shape, machine)
+    except BadQuestionError as error:
+        from snugpt.planner.mending import with_working_hint
+
+        raise with_working_hint(error, asked, machine, corpus) from None
     training = isinstance(choice.recipe, TrainingRecipe)
     stack = find_stack(asked.stack)
     groups: dict[str, int] = {str(k): n for k, n in stack.parameter_groups(made.shape).items()}
@@ -291,5 +291,5 @@ def _notes(made: Draft, choice: Choice) -> tuple[str, ...]:
             )
     if isinstance(choice.recipe, GenerationRecipe) and choice.memory.fits:
         largest = largest_batch(choice.recipe, made.asked, made.shape, machine)
-        notes.append(f"up to {largest:,} sequences of these lengths fit at once")
+        notes.append(f"up to {plural(largest, 'sequence')} of these lengths fit at once")
     return tuple(notes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from snugpt.errors import BadQuestionError
 from snugpt.spec.question import Question, said_fields
 from snugpt.units import GIB
 
@@ -19,6 +20,17 @@ def command_line(question: Question, **changes: Any) -> str:
     for field, value in said_fields(msgspec.structs.replace(question, **changes)).items():
         words.append(flag(field, value))
     return " ".join(words)
+
+
+def refused(message: str, question: Question, **changes: Any) -> BadQuestionError:
+    """Return the error for a question that `changes` would mend; its hint asks it with them."""
+    return BadQuestionError(message, hint=command_line(question, **changes), changes=changes)
+
+
+def plain_dial(question: Question, **changes: Any) -> Question:
+    """Return the question with nothing pinned but the machine, the program and the text."""
+    kept = ("task", "stack", "gpu", "num_gpus", "launcher", "reserve", "input")
+    return Question(**{field: getattr(question, field) for field in kept}, **changes)
 
 
 def flag(field: str, value: Any) -> str:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from snugpt.errors import BadQuestionError
 from snugpt.estimate.stacks.catalogue import find_stack
-from snugpt.planner.command import command_line
+from snugpt.planner.command import refused
 from snugpt.planner.generating import generation_candidate
 from snugpt.planner.horizon import (
     FEWEST_STEPS,
@@ -33,7 +32,7 @@ from snugpt.planner.search import Candidate, best_of, candidates
 from snugpt.planner.subject import dial_of, settled, shape_of, trained_shape
 from snugpt.spec.question import Question
 from snugpt.spec.shape import ModelShape
-from snugpt.units import SECONDS_PER_HOUR
+from snugpt.units import SECONDS_PER_HOUR, gib
 
 DIAL = tuple(range(2, 65, 2))
 HOURS = {"cpu": 1.0}  # a run whose depth and length are both free ends in this time,
@@ -87,6 +86,12 @@ def draft(asked: Question, machine: Machine, corpus: CorpusSize | None = None) -
     Raises:
         BadQuestionError: the question has a field that can't be.
     """
+    if asked.reserve >= machine.capacity_bytes:
+        raise refused(
+            f"reserve = {gib(asked.reserve)!r} is not allowed: below the"
+            f" {gib(machine.capacity_bytes)} of {machine.gpu.name}",
+            asked, reserve=0,
+        )  # fmt: skip
     question = settled(asked)
     if question.task == "generate":
         return _generation_draft(asked, question, machine)
@@ -102,9 +107,10 @@ def _generation_draft(asked: Question, question: Question, machine: Machine) -> 
     elif depth is not None:
         shape = shape_of(question, depth, None)
     else:
-        raise BadQuestionError(
+        raise refused(
             "task = generate needs a model, a preset or a depth",
-            hint=command_line(question, depth=12),
+            question,
+            depth=12,
         )
     found = (generation_candidate(question, shape, machine),)
     return Draft(asked, question, shape, machine, None, NOTHING, NOTHING, None, found)

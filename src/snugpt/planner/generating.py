@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from snugpt.errors import BadQuestionError
 from snugpt.estimate.memory import peak_bytes, runtime_of, timeline_of
 from snugpt.estimate.process import highest_process_bytes
 from snugpt.estimate.speed import speed_estimate
-from snugpt.planner.command import command_line
+from snugpt.planner.command import refused
 from snugpt.planner.machine import Machine
 from snugpt.planner.search import Candidate, compute_dtype, estimate
 from snugpt.spec.question import Question
@@ -36,11 +35,10 @@ def generation_recipe(question: Question, shape: ModelShape, machine: Machine) -
     if prompt is None:
         prompt = max(1, min(PROMPT_TOKENS, context - new))
     if prompt + new > context:
-        raise BadQuestionError(
+        mend = {"seq_len": None} if context == 1 else _within(context, prompt, new)
+        raise refused(
             f"prompt_tokens = {prompt} and max_new_tokens = {new} exceed the context of {context}",
-            hint=command_line(
-                question, **_within(context, prompt, new)
-            ) if context > 1 else "snugpt plan --task generate --depth 12",
+            question, **mend,
         )  # fmt: skip
     dtype = compute_dtype(question, machine)
     return GenerationRecipe(

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, bad_value
+from snugpt.errors import bad_value
 from snugpt.estimate.parameters import scaling_parameters
 from snugpt.estimate.stacks.catalogue import find_stack
-from snugpt.planner.command import command_line
+from snugpt.planner.command import refused
 from snugpt.planner.programs import num_gpus_of
 from snugpt.planner.subject import seq_len_of, shape_of
 from snugpt.spec.question import RANGES, Question
@@ -159,9 +159,10 @@ def refuse_uneven_batch(asked: Question) -> None:
     nearest = unit if device and steps else max(unit, batch // unit * unit)
     parts = {"device_batch_size": device, "grad_accum_steps": steps, "num_gpus": asked.num_gpus}
     product = " x ".join(f"{name} {value}" for name, value in parts.items() if value)
-    raise BadQuestionError(
+    raise refused(
         f"batch_size = {batch} does not divide by {product}; nearest: {nearest}",
-        hint=command_line(asked, batch_size=nearest),
+        asked,
+        batch_size=nearest,
     )
 
 
@@ -218,10 +219,11 @@ def _pinned_batch(question: Question, tokens: int, unit: int) -> Amount:
              "grad_accum_steps": question.grad_accum_steps,
              "num_gpus": question.num_gpus}  # fmt: skip
     product = " x ".join(f"{name} {value}" for name, value in parts.items() if value)
-    raise BadQuestionError(
+    raise refused(
         f"total_batch_tokens = {tokens} does not divide by {product};"
         f" nearest: {' and '.join(map(str, nearest))}",
-        hint=command_line(question, total_batch_tokens=nearest[0]),
+        question,
+        total_batch_tokens=nearest[0],
     )
 
 

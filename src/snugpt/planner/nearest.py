@@ -14,6 +14,7 @@ import msgspec
 
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.parameters import num_parameters
+from snugpt.planner.command import plain_dial
 from snugpt.planner.draft import Draft, draft
 from snugpt.planner.machine import Machine
 from snugpt.planner.search import Choice, choose
@@ -162,14 +163,9 @@ def _shallower(stuck: Draft) -> Iterator[Step]:
 
 def _plain_dial(stuck: Draft) -> Iterator[Step]:
     """The dial with nothing pinned but the machine and the text."""
-    asked = stuck.asked
-    plain = Question(
-        task=asked.task, stack=asked.stack, gpu=asked.gpu, num_gpus=asked.num_gpus,
-        launcher=asked.launcher, reserve=asked.reserve, input=asked.input,
-    )  # fmt: skip
 
     def at(depth: int) -> Draft | None:
-        return _try(stuck, _changed(plain, depth=depth))
+        return _try(stuck, plain_dial(stuck.asked, depth=depth))
 
     for depth, tried in _from_the_largest(stuck.shape.num_layers, at):
         yield f"depth {depth} and nothing else pinned", tried

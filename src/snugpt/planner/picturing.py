@@ -8,7 +8,7 @@ from snugpt.estimate.timeline import Timeline
 from snugpt.planner.machine import default_num_threads
 from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import GenerationRecipe
-from snugpt.units import count
+from snugpt.units import count, plural
 
 
 def picture_of(
@@ -39,6 +39,6 @@ def title_of(plan: Plan) -> str:
     else:
         verb, lengths = "Train", f"{recipe.seq_len} tokens"
     return (
-        f"{verb} {shape.style}, {shape.num_layers} layers, {count(plan.parameters.total)}"
+        f"{verb} {shape.style}, {plural(shape.num_layers, 'layer')}, {count(plan.parameters.total)}"
         f" parameters, on {plan.gpu.name}: {batch_of(recipe)} x {lengths}"
     )

@@ -12,7 +12,7 @@ from typing import Any
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.stacks.catalogue import Stack, find_stack
 from snugpt.estimate.stacks.nanochat.command import base_train_command, mend
-from snugpt.planner.command import command_line
+from snugpt.planner.command import command_line, refused
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.question import Question
@@ -56,12 +56,14 @@ def refuse_what_the_stack_lacks(question: Question, said: dict[str, Any]) -> Non
         if field in stack.levers:
             allowed = stack.levers[field]
             if value not in allowed:
-                why = f"it has {' and '.join(allowed)} only"
+                why = f"it has {' and '.join(allowed)} only" if field != "fp8" else "it has no FP8"
                 if stack.version is not None:
                     why = dict(stack.version.lacks).get(field, why)
                 raise _refusal(question, field, value, why)
         elif stack.version is not None and field not in _PLANNED | stack.options.keys():
             raise _refusal(question, field, value, "it has no such option")
+    if question.fp8 and question.compile == "off" and stack.version is not None:
+        raise _refusal(question, "fp8", "on", "without its compiler it is not derived")
     _refuse_cards(question, stack)
     ratio = question.tokens_per_param
     if ratio is not None and stack.name == "nanochat@2025-10" and ratio != int(ratio):
@@ -76,9 +78,10 @@ def _refuse_cards(question: Question, stack: Stack) -> None:
             "it trains on one card; nanochat is a stack that takes up to 8",
         )  # fmt: skip
     if number > 1 and question.launcher == "python":
-        raise BadQuestionError(
+        raise refused(
             f"launcher = 'python' is not allowed: {number} GPUs are started by torchrun",
-            hint=command_line(question, launcher="torchrun"),
+            question,
+            launcher="torchrun",
         )
 
 
@@ -90,10 +93,11 @@ def refuse_uneven_shards(question: Question, shape: ModelShape) -> None:
     """
     number = num_gpus_of(question)
     if shape.padded_vocab_size % number:
-        raise BadQuestionError(
+        raise refused(
             f"num_gpus = {number} is not allowed: it does not divide the {shape.padded_vocab_size}"
             " rows of the embedding, which are sharded",
-            hint=command_line(question, num_gpus=1 << (number.bit_length() - 1)),
+            question,
+            num_gpus=1 << (number.bit_length() - 1),
         )
 
 
@@ -108,23 +112,27 @@ def refuse_cards_without_bf16(question: Question, gpu: Gpu) -> None:
         return
     capability = gpu.capability or (0, 0)
     if gpu.backend != "cuda" or capability < (8, 0):
-        raise BadQuestionError(
+        raise refused(
             f"gpu = {gpu.id!r} is not allowed: {stack.name} is derived for CUDA cards with bf16,"
             " capability 8.0 and up",
-            hint=command_line(question, gpu="rtx-4090"),
+            question,
+            gpu="rtx-4090",
         )
     if question.fp8 and capability < FIRST_FP8:
-        raise BadQuestionError(
-            f"fp8 = 'on' is not allowed: {gpu.name} has no FP8, capability 8.9 and up have",
-            hint=command_line(question, fp8=None),
+        raise refused(
+            f"--fp8 is not allowed: {gpu.name} has no FP8, capability 8.9 and up have",
+            question,
+            fp8=None,
         )
 
 
 def _refusal(question: Question, field: str, value: Any, why: str) -> BadQuestionError:
     default = getattr(Question(), field)
-    return BadQuestionError(
-        f"{field} = {value!r} is not an option of {question.stack}: {why}",
-        hint=command_line(question, **{field: default}),
+    named = "--fp8" if field == "fp8" else f"{field} = {value!r}"  # a flag without a value
+    return refused(
+        f"{named} is not an option of {question.stack}: {why}",
+        question,
+        **{field: default},
     )
 
 

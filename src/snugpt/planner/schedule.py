@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from snugpt.errors import bad_value
-from snugpt.planner.command import command_line
+from snugpt.planner.command import refused
 from snugpt.spec.question import Question
 from snugpt.spec.recipe import Optimizer, Schedule
 from snugpt.spec.shape import ModelShape
@@ -45,9 +44,10 @@ def schedule_for(
     warmup = _or(question.warmup_fraction, WARMUP_FRACTION)
     cooldown = _or(question.cooldown_fraction, COOLDOWN_FRACTION)
     if warmup + cooldown > 1.0:
-        raise bad_value(
-            "warmup_fraction", warmup, f"at most {1 - cooldown:g} beside the cool-down",
-            hint=command_line(question, warmup_fraction=None, cooldown_fraction=None),
+        raise refused(
+            f"warmup_fraction = {warmup} is not allowed: at most {1 - cooldown:g} beside the"
+            " cool-down",
+            question, warmup_fraction=None, cooldown_fraction=None,
         )  # fmt: skip
     batch_share = min(1.0, total_tokens / num_steps / REFERENCE_BATCH_TOKENS)
     rate = LEARNING_RATE[optimizer] * (REFERENCE_WIDTH / shape.model_dim) ** 0.5

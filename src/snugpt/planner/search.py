@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 
 import msgspec
 
-from snugpt.errors import BadQuestionError
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.memory import (
     memory_estimate,
@@ -21,7 +20,7 @@ from snugpt.estimate.memory import (
 from snugpt.estimate.process import highest_process_bytes
 from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.catalogue import find_stack
-from snugpt.planner.command import command_line
+from snugpt.planner.command import plain_dial, refused
 from snugpt.planner.horizon import Amount
 from snugpt.planner.machine import Machine
 from snugpt.planner.programs import launcher_of, num_gpus_of
@@ -68,10 +67,11 @@ def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
         return pinned or "bf16"
     if pinned == "bf16":
         field = "compute_dtype" if question.task == "train" else "weight_dtype"
-        raise BadQuestionError(
+        raise refused(
             f"{field} = 'bf16' is not allowed: {machine.gpu.name} has no bf16, CUDA capability 8.0"
             " and up have",
-            hint=command_line(question, **{field: "fp32"}),
+            question,
+            **{field: "fp32"},
         )
     return "fp32"
 
@@ -113,9 +113,10 @@ def candidates(
         step_s = step_time_s(shape, recipe, machine.gpu, rate)
         found.append(Candidate(recipe, process_bytes, step_s))
     if not found:
-        raise BadQuestionError(
+        raise refused(
             f"compile = 'on' is not allowed: {why_not}",
-            hint=command_line(question, compile="off"),
+            question,
+            compile="off",
         )
     return tuple(found)
 
@@ -138,11 +139,12 @@ def choose(
         fitting.remove(best)
     smallest = min(found, key=lambda each: (each.process_bytes, each.step_s))
     if smallest.process_bytes > LARGEST_ESTIMATE_BYTES:
-        raise BadQuestionError(
+        plain = plain_dial(question, depth=12)
+        raise refused(
             f"the model and one batch need {smallest.process_bytes / GIB:.3g} GiB,"
             " more than any machine",
-            hint="snugpt plan --depth 12",
-        )
+            plain, **{field: getattr(plain, field) for field in plain.__struct_fields__},
+        )  # fmt: skip
     memory = estimate(smallest.recipe, question, shape, machine)
     return Choice(smallest.recipe, memory, smallest.step_s)
 

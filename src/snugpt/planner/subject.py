@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from snugpt.errors import BadQuestionError, bad_value, unknown_name
+from snugpt.errors import unknown_name
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.estimate.stacks.nanochat.parameters import shape_of as nanochat_shape
-from snugpt.planner.command import command_line
+from snugpt.planner.command import refused
 from snugpt.planner.programs import refuse_what_the_stack_lacks
 from snugpt.spec.plan import read_plan
 from snugpt.spec.question import (
@@ -59,9 +59,10 @@ def settled(question: Question) -> Question:
     if question.vocab_size == BYTE_VALUES and question.byte_tokens is None:
         question = msgspec.structs.replace(question, byte_tokens=True)
     if question.byte_tokens and question.vocab_size not in (None, BYTE_VALUES):
-        raise bad_value(
-            "vocab_size", question.vocab_size, f"{BYTE_VALUES}, one token per byte value",
-            hint=command_line(question, vocab_size=None),
+        raise refused(
+            f"vocab_size = {question.vocab_size} is not allowed: {BYTE_VALUES}, one token per byte"
+            " value",
+            question, vocab_size=None,
         )  # fmt: skip
     return question
 
@@ -144,9 +145,10 @@ def _refuse_contradictions(question: Question, said: dict[str, object]) -> None:
     for rivals in RIVALS:
         both = [field for field in said if field in rivals]
         if len(both) > 1 and both != ["vocab_size", "byte_tokens"]:
-            raise BadQuestionError(
+            raise refused(
                 f"{both[0]} and {both[1]} decide the same thing",
-                hint=command_line(question, **{both[1]: None}),
+                question,
+                **{both[1]: None},
             )
     foreign = TRAINING_ONLY if question.task == "generate" else GENERATION_ONLY
     wrong = [field for field in said if field in foreign]
@@ -154,18 +156,21 @@ def _refuse_contradictions(question: Question, said: dict[str, object]) -> None:
         wrong.append("objective")
     if wrong:
         blank = Question()
-        raise BadQuestionError(
+        raise refused(
             f"{wrong[0]} = {said[wrong[0]]!r} decides nothing for task = {question.task}",
-            hint=command_line(question, **{field: getattr(blank, field) for field in wrong}),
+            question,
+            **{field: getattr(blank, field) for field in wrong},
         )
     shaped = [field for field in said if field in _SHAPE_FIELDS]
     if question.model is not None and shaped:
-        raise BadQuestionError(
+        raise refused(
             f"{shaped[0]} can't be changed: model = {question.model!r} has its shape",
-            hint=command_line(question, **dict.fromkeys(shaped)),
+            question,
+            **dict.fromkeys(shaped),
         )
     if question.depth is not None and question.layers is not None and question.width is not None:
-        raise BadQuestionError(
+        raise refused(
             f"depth = {question.depth} decides nothing where layers and width are given",
-            hint=command_line(question, depth=None),
+            question,
+            depth=None,
         )

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from snugpt.errors import FailedError
+from snugpt.errors import bad_line
 
 Kind = Literal[
     "train_memory",
@@ -83,10 +83,13 @@ class PublishedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class PublishedRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which stack predicts a row, and how its run was started; None where that is not known."""
+    """Which stack predicts a row, and how its run was started; None where that is not known.
+
+    `stack` is None where none of ours is the row's version.
+    """
 
     id: str
-    stack: str
+    stack: str | None
     launcher: Literal["python", "torchrun"] | None
     launcher_is: Literal["stated", "inferred", "unknown"]
     because: str
@@ -101,7 +104,7 @@ Row = TypeVar("Row", PublishedRow, PublishedRun)
 
 
 def published_lines(text: bytes, kind: type[Row], name: str) -> tuple[Row, ...]:
-    """Read the lines of a file of rows; `name` is the file's, for the error.
+    """Read the lines of a file of rows; `name` is the file's path, for the error.
 
     Raises:
         FailedError: a line is not such a row, or an id occurs twice.
@@ -111,8 +114,8 @@ def published_lines(text: bytes, kind: type[Row], name: str) -> tuple[Row, ...]:
         try:
             row = msgspec.json.decode(line, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise FailedError(f"{name} line {number}: {error}", hint="snugpt records") from error
+            raise bad_line(name, number, error) from error
         if row.id in found:
-            raise FailedError(f"{name} line {number}: id {row.id!r} is there twice")
+            raise bad_line(name, number, f"id {row.id!r} is there twice")
         found[row.id] = row
     return tuple(found.values())

@@ -61,7 +61,7 @@ def _nanochat_timeline(
 ) -> Timeline:
     if recipe.fp8 == "on" and recipe.compile == "off":
         raise BadQuestionError(
-            f"fp8 = 'on' is not an option of {version.name} without its compiler: not derived",
+            f"--fp8 is not an option of {version.name}: without its compiler it is not derived",
             hint=f"snugpt plan --stack {version.name} --gpu h100 --depth 12 --fp8",
         )
     step = NanochatStep if recipe.compile == "on" else EagerStep
