@@ -422,3 +422,12 @@ def test_the_help_says_what_the_callable_may_be_within_80_columns(door: Door) ->
                  "labels, targets, target or y"):  # fmt: skip
         assert said in words
     assert max(len(line) for line in text.splitlines() if "build" in line) <= COLUMNS
+
+
+def test_a_loop_unrolled_over_the_batch_is_stopped_before_it_ends_the_process(
+    door: Door, own_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snugpt.tracing.model_allocations.MOST_OPERATIONS", 10)
+    done = door(f"snugpt trace {own_model}:Net --gpu rtx-3060 --batch-size 2 --seq-len 16")
+    error, _ = refusal(done, 1)
+    assert "more than 10 operations" in error

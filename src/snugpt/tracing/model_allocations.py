@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from snugpt.errors import FailedError
 from snugpt.spec.memory import Phase
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing.allocations import Allocations, operation_name
@@ -31,6 +32,9 @@ LIBRARY = {  # operations whose libraries take a workspace that nobody counts he
     "_scaled_dot_product_cudnn_attention_backward": "cuDNN attention",
     "native_batch_norm": "cuDNN batch norms",
 }
+# A loop unrolled over the batch makes a graph so deep that PyTorch ends the process over it; a model
+# of 48 layers has some 30,000 operations in two steps.
+MOST_OPERATIONS = 250_000
 NO_SEQUENCE = 2**63  # nodes that only accumulate have no number of their own
 
 
@@ -40,6 +44,7 @@ class ModelAllocations(Allocations):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(scratch_of(runtime))
         self.uncounted: set[str] = set()
+        self._num_operations = 0
         self._paths: dict[int, str] = {}  # id of a module -> its path
         self._running: list[str] = [""]
         self._numbers: list[int] = [0]  # autograd's counter where the running module changed
@@ -47,6 +52,13 @@ class ModelAllocations(Allocations):
 
     def about_to_run(self, func, args) -> None:
         """Refuse what CUDA would refuse; note what no figure is known for."""
+        self._num_operations += 1
+        if self._num_operations > MOST_OPERATIONS:
+            raise FailedError(
+                f"the step has more than {MOST_OPERATIONS:,} operations, a loop that grows with the"
+                " batch or the sequence",
+                hint="snugpt trace MODULE:NAME --batch-size 1 --seq-len 128",
+            )
         name = func._schema.name.removeprefix("aten::")
         if name in LIBRARY:
             self.uncounted.add(LIBRARY[name])
