@@ -32,8 +32,8 @@ LIBRARY = {  # operations whose libraries take a workspace that nobody counts he
     "_scaled_dot_product_cudnn_attention_backward": "cuDNN attention",
     "native_batch_norm": "cuDNN batch norms",
 }
-# A loop unrolled over the batch makes a graph so deep that PyTorch ends the process over it; a model
-# of 48 layers has some 30,000 operations in two steps.
+# A loop unrolled over the batch makes a graph so deep that PyTorch ends the process over it. A
+# model of 48 layers has some 30,000 operations in two steps.
 MOST_OPERATIONS = 250_000
 NO_SEQUENCE = 2**63  # nodes that only accumulate have no number of their own
 
