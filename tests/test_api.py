@@ -94,7 +94,7 @@ def test_watch_around_a_loop_leaves_a_measurement_and_a_record(
     assert found.tokens_per_s is not None
     assert read_all(tmp_path / "snugpt") == [found]
     assert run(["records"]) == 0
-    assert capsys.readouterr().out.startswith("1 measurements")
+    assert capsys.readouterr().out.startswith("1 measurement,")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
