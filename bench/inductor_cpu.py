@@ -18,7 +18,7 @@ import torch
 
 from snugpt.estimate.training import TrainingStep
 from snugpt.model import compiling
-from snugpt.model.build import build
+from snugpt.model.build import build_for_training
 from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import evaluate_batch, step
@@ -47,13 +47,11 @@ def recipe_for(seq_len: int, batch: int, **levers: str) -> TrainingRecipe:
 
 def model_for(shape: ModelShape, recipe: TrainingRecipe) -> GPT:
     """A model whose residual projections and gates are not zero, so that all gradients are made."""
-    model, drawn = build(shape, RUNTIME, seed=1), torch.Generator().manual_seed(2)
+    model = build_for_training(shape, recipe, RUNTIME, seed=1)
+    drawn = torch.Generator().manual_seed(2)
     for name, weight in model.named_parameters():
         if name.endswith(("output", "down", "value_gate")):
             torch.nn.init.normal_(weight, std=0.02, generator=drawn)
-    model.recompute_blocks = recipe.checkpoint == "blocks"
-    if recipe.compile == "on":
-        compiling.compile_sublayers(model)
     return model
 
 

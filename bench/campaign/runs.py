@@ -24,7 +24,7 @@ from campaign.counters import (
     write_history,
 )
 from campaign.jobs import Environment, Generation, Peer, Training
-from snugpt.model.build import build, build_for_generation, set_weights
+from snugpt.model.build import build_for_generation, build_for_training, set_weights
 from snugpt.model.gpt import DTYPES
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.optimizers import optimizers_for
@@ -83,13 +83,7 @@ def training(job: Training) -> dict[str, Any]:
     with Count(job.device) as count:
         if job.snapshot and job.device == "cuda":
             start_history()
-        model = build(job.shape, job.runtime, compute_dtype=recipe.compute_dtype,
-                      device=job.device, seed=0)  # fmt: skip
-        model.recompute_blocks = recipe.checkpoint == "blocks"
-        if recipe.compile == "on":
-            from snugpt.model.compiling import compile_sublayers
-
-            compile_sublayers(model)
+        model = build_for_training(job.shape, recipe, job.runtime, device=job.device, seed=0)
         optimizers = optimizers_for(model, recipe)
         weights_bytes = allocated_now(job.device)
         batch_of = random_batches(recipe.device_batch_size, recipe.seq_len,

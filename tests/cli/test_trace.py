@@ -431,3 +431,10 @@ def test_a_loop_unrolled_over_the_batch_is_stopped_before_it_ends_the_process(
     done = door(f"snugpt trace {own_model}:Net --gpu rtx-3060 --batch-size 2 --seq-len 16")
     error, _ = refusal(done, 1)
     assert "more than 10 operations" in error
+
+
+def test_the_hint_of_a_refused_question_traces(door: Door) -> None:
+    error, hint = refusal(door("snugpt trace --gpu t4 --depth 2 --seq-len 64 --compile on"), 2)
+    assert "compile" in error
+    assert hint.startswith("snugpt trace --gpu t4 --depth 2 --seq-len 64")
+    assert door(hint).code == 0

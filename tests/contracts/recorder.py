@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from snugpt.model.build import build
+from snugpt.model.build import build_for_training
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import Batch, evaluate_batch, step
 from snugpt.run.cpu_allocations import CpuAllocations
@@ -69,8 +69,7 @@ def measured_phases(shape: ModelShape, recipe: TrainingRecipe) -> dict[str, int]
         return tokens.random_(0, shape.vocab_size), targets.random_(0, shape.vocab_size)
 
     with CpuAllocations(keep_events=False) as allocations:
-        model = build(shape, cpu_runtime(shape), compute_dtype=recipe.compute_dtype, seed=0)
-        model.recompute_blocks = recipe.checkpoint == "blocks"
+        model = build_for_training(shape, recipe, cpu_runtime(shape), seed=0)
         optimizers = optimizers_for(model, recipe)
         step(model, optimizers, recipe, batch_of)
         allocations.mark("forward")

@@ -5,7 +5,6 @@ Predicted is the walk's timeline in pure Python, measured the allocations of a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 
@@ -20,14 +19,7 @@ LOWEST_RATIO, HIGHEST_RATIO = 0.999, 1.001
 SCALAR_BYTES = 64  # the few scalars of clipping and of the fused AdamW, left out of the walk
 LEVERS = tuple(product(("muon", "adamw"), ("none", "blocks"), (1, 4), (512, 32768)))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The CPU kernels' scratch grows with the threads; two have a test of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(style: str, **pinned) -> ModelShape:

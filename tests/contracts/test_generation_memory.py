@@ -5,7 +5,6 @@ The real model, the real cache and the real choice of a token, recorded from bef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -25,14 +24,7 @@ LOWEST_RATIO, HIGHEST_RATIO = 0.99, 1.01
 LIBRARY_SCRATCH_BYTES = 256 * KIB  # of oneDNN's bf16 matmul; it is not walked
 NUCLEUS_BYTES = 13  # per token of the vocabulary, which a top_p takes beyond what is predicted
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The CPU kernels' scratch grows with the threads; two have a test of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(style: str, **pinned) -> ModelShape:

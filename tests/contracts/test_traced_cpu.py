@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
 import torch
 from recorder import cpu_runtime, recipe_for
 
-from snugpt.model.build import build
+from snugpt.model.build import build_for_training
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import Batch, evaluate_batch, step
 from snugpt.run.cpu_allocations import CpuAllocations
@@ -21,13 +20,7 @@ from snugpt.tracing.steps import trace_training
 SCALAR_BYTES = 512  # numbers wrapped as tensors and the like
 LEVERS = tuple(product(("muon", "adamw"), ("none", "blocks"), (1, 2), ("chunked", "plain")))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(style: str, **pinned) -> ModelShape:
@@ -44,8 +37,7 @@ def real_events(shape: ModelShape, recipe: TrainingRecipe) -> list[int]:
         return tokens.random_(0, shape.vocab_size), targets.random_(0, shape.vocab_size)
 
     with CpuAllocations() as allocations:
-        model = build(shape, cpu_runtime(shape), seed=0)
-        model.recompute_blocks = recipe.checkpoint == "blocks"
+        model = build_for_training(shape, recipe, cpu_runtime(shape), seed=0)
         optimizers = optimizers_for(model, recipe)
         step(model, optimizers, recipe, batch_of)
         start_ns = time.time_ns()

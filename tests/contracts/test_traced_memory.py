@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 from fuzzed_steps import fuzzed
+from msgspec.structs import replace
 from recorder import recipe_for
 
+from snugpt.errors import BadQuestionError
 from snugpt.estimate.comparison import Comparison, compare
 from snugpt.estimate.memory import batch_of, timeline_of
 from snugpt.spec.recipe import Recipe
@@ -69,3 +71,10 @@ def test_a_changed_operation_is_found_and_named():
     assert parting.predicted.name == "mlp inputs"
     assert parting.measured is not None
     assert "functions.py" in parting.measured.name
+
+
+def test_a_compiled_recipe_is_refused_and_not_traced_as_another():
+    shape = shape_for("llama", 2, context_len=128, width=64, heads=2, vocab_size=300)
+    recipe = replace(recipe_for(shape, batch=1, dtype="bf16"), compile="on")
+    with pytest.raises(BadQuestionError, match="not traced"):
+        trace(shape, recipe, FLASH)

@@ -122,6 +122,14 @@ def planned(question: Question, num_alternatives: int = MOST_ALTERNATIVES) -> Pl
     return made
 
 
+def hint_for(verb: str, hint: str | None) -> str | None:
+    """A planner's hint as a command of another verb that takes the same flags."""
+    start = "snugpt plan --"
+    if hint is None or not hint.startswith(start):
+        return hint
+    return f"snugpt {verb} --{hint.removeprefix(start)}"
+
+
 def does_not_fit(made: Plan) -> DoesNotFitError:
     """The error of a plan that does not fit; its hint is the nearest one that does."""
     memory = made.memory

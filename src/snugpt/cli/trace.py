@@ -11,7 +11,7 @@ import msgspec
 from snugpt.cli.options import QuestionCommand, question_from, question_options
 from snugpt.cli.output_files import PICTURE_SUFFIX, check_output, write_output
 from snugpt.cli.own_model import is_named_model, trace_model
-from snugpt.cli.plan import planned
+from snugpt.cli.plan import hint_for, planned
 from snugpt.cli.screen import colour
 from snugpt.errors import BadQuestionError, FailedError
 from snugpt.planner.command import command_line
@@ -70,8 +70,16 @@ def trace(
             f"{next(iter(given))} can't be changed in a plan that is made",
             hint="snugpt plan --help",
         )
-    plan = planned(question_from(flags), 0) if target is None else read_plan(Path(target))
+    plan = _planned_to_trace(flags) if target is None else read_plan(Path(target))
     _trace_plan(plan, plot, as_json=as_json)
+
+
+def _planned_to_trace(flags: dict[str, Any]) -> Plan:
+    """The plan of a question; the hint of a refusal traces too."""
+    try:
+        return planned(question_from(flags), num_alternatives=0)
+    except BadQuestionError as error:
+        raise BadQuestionError(error.message, hint=hint_for("trace", error.hint)) from None
 
 
 def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
@@ -80,9 +88,12 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
             f"stack = {plan.stack!r} is not traced: its code is not ours",
             hint="snugpt trace --stack snugpt --depth 12",
         )
+    from snugpt.tracing.steps import NOT_TRACED
+    from snugpt.tracing.steps import trace as trace_recipe
+
     if isinstance(plan.recipe, TrainingRecipe) and plan.recipe.compile == "on":
         raise BadQuestionError(
-            "compile = 'on' is not traced: what is compiled runs on its GPU only",
+            NOT_TRACED,
             hint=_traces(plan.question, compile="off"),
         )
     from snugpt.cli import trace_screen
@@ -90,7 +101,6 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
     from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
     from snugpt.planner.machine import default_num_threads
     from snugpt.planner.picturing import picture_of
-    from snugpt.tracing.steps import trace as trace_recipe
 
     runtime = runtime_of(plan.shape, plan.recipe, plan.gpu, default_num_threads())
     if isinstance(plan.recipe, TrainingRecipe):
@@ -115,7 +125,7 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
 
 def _traces(question: Question, **changed: Any) -> str:
     """The command that traces a question."""
-    return command_line(question, **changed).replace("plan", "trace", 1)
+    return hint_for("trace", command_line(question, **changed)) or ""
 
 
 def _warn_of_chunks(recipe: TrainingRecipe) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from snugpt.cli.options import QuestionCommand, question_from, question_options
-from snugpt.cli.plan import planned
+from snugpt.cli.plan import hint_for, planned
 from snugpt.cli.screen import print_plan
 from snugpt.errors import BadQuestionError
 from snugpt.spec.host import default_cache_folder, default_ledger_folder
@@ -108,10 +108,9 @@ def _planned_to_train(question: Question, name: str | None) -> Plan:
     try:
         return planned(_with_text(question))
     except BadQuestionError as error:
-        start, hint = "snugpt plan --", error.hint or ""
-        if not hint.startswith(start):
+        hint = hint_for("train", error.hint)
+        if hint is None or hint == error.hint:
             raise
-        hint = hint.replace(start, "snugpt train --", 1)
         if name is not None and not hint.endswith(" --help"):
             hint += f" --name {shlex.quote(name)}"
         raise BadQuestionError(error.message, hint=hint) from None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from snugpt.estimate import parameters
 from snugpt.model.gpt import DTYPES, GPT
+from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
 
@@ -26,6 +27,24 @@ def build(
         model = GPT(shape, runtime, compute_dtype)
     if seed is not None:
         set_weights(model, seed)
+    return model
+
+
+def build_for_training(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    runtime: Runtime,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+) -> GPT:
+    """Return the model with the levers of a recipe set that the model itself has."""
+    model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
+    model.recompute_blocks = recipe.checkpoint == "blocks"
+    if recipe.compile == "on":
+        from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
+
+        compile_sublayers(model)
     return model
 
 

@@ -23,7 +23,7 @@ from snugpt.data.prepare import PreparedData
 from snugpt.errors import DoesNotFitError, FailedError
 from snugpt.estimate.flops import training_flops_per_token
 from snugpt.estimate.parameters import num_parameters
-from snugpt.model.build import build
+from snugpt.model.build import build_for_training
 from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step as take_step
@@ -206,15 +206,9 @@ class _Run:
         torch.manual_seed(recipe.schedule.seed)
         threads = torch.get_num_threads()
         runtime = runtime_for(self.plan.gpu, recipe.compute_dtype, shape.dropout, threads)
-        self.model: GPT = build(
-            shape, runtime, compute_dtype=recipe.compute_dtype, device=self.device,
-            seed=recipe.schedule.seed,
-        )  # fmt: skip
-        self.model.recompute_blocks = recipe.checkpoint == "blocks"
-        if recipe.compile == "on":
-            from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
-
-            compile_sublayers(self.model)
+        self.model: GPT = build_for_training(
+            shape, recipe, runtime, device=self.device, seed=recipe.schedule.seed
+        )
         self.optimizers = optimizers_for(self.model, recipe)
         self.loader = TrainingLoader(
             tokens=self.data.train.tokens, seq_len=recipe.seq_len, seed=recipe.schedule.seed,

@@ -14,9 +14,10 @@ from msgspec.structs import replace
 from torch import Tensor
 
 import snugpt.model
+from snugpt.errors import BadQuestionError
 from snugpt.estimate import scratch
 from snugpt.estimate.timeline import Timeline
-from snugpt.model.build import build, build_for_generation, group_of
+from snugpt.model.build import build_for_generation, build_for_training, group_of
 from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.optimizers import optimizers_for
@@ -29,6 +30,7 @@ from snugpt.spec.shape import ModelShape
 from snugpt.tracing.allocations import Allocations
 from snugpt.tracing.kernels import kernels_of, scratch_of
 
+NOT_TRACED = "compile = 'on' is not traced: what is compiled runs on its GPU only"
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
 
 
@@ -63,7 +65,12 @@ def trace_training(
     """The second step and an evaluation batch after it.
 
     From the second micro-step on they are all alike: two stand for more.
+
+    Raises:
+        BadQuestionError: the recipe compiles.
     """
+    if recipe.compile == "on":
+        raise BadQuestionError(NOT_TRACED, hint="snugpt trace --depth 12 --compile off")
     if recipe.grad_accum_steps > most_micro_steps:
         tokens = most_micro_steps * recipe.micro_batch_tokens
         recipe = replace(
@@ -82,8 +89,7 @@ def trace_training(
 
     allocations = StepAllocations(shape, runtime)
     with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
-        model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
-        model.recompute_blocks = recipe.checkpoint == "blocks"
+        model = build_for_training(shape, recipe, runtime, device="meta")
         optimizers = optimizers_for(model, recipe)
         step(model, optimizers, one_row(recipe), lambda _: batch(1))
         _label_weights(allocations, model)
