@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
+import snugpt
 from snugpt.run.cpu_allocations import CpuAllocations
 from snugpt.spec.runtime import Runtime
 from snugpt.tracing.kernels import kernels_of
@@ -114,3 +115,15 @@ def on_the_cpu(build, make_batch) -> dict[str, int]:
         step(model, optimizer, make_batch(), allocations.mark)
     assert not allocations.interrupted
     return allocations.phases
+
+
+def trace(model, batch, *, gpu="h100", **options):
+    return snugpt.trace(model, batch, gpu=gpu, **options)
+
+
+def on_meta(make):
+    def batch():
+        with torch.device("meta"):
+            return tuple(torch.empty_like(each, device="meta") for each in make())
+
+    return batch
