@@ -57,7 +57,7 @@ def test_another_runtime_error_passes_through(
 def test_the_allocator_that_really_runs_out_is_understood(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = training.build
+    build = training.build_for_training
 
     def build_and_leave_no_room(*args, **kwargs):
         model = build(*args, **kwargs)
@@ -66,7 +66,7 @@ def test_the_allocator_that_really_runs_out_is_understood(
         return model
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    monkeypatch.setattr(training, "build", build_and_leave_no_room)
+    monkeypatch.setattr(training, "build_for_training", build_and_leave_no_room)
     plan = tiny_plan(text, vocab=300)
     try:
         with pytest.raises(DoesNotFitError, match="out of memory"):

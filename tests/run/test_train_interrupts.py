@@ -38,7 +38,7 @@ def after(number: int, call: Callable, name: str) -> Callable:
 # What is called when the signal comes, how often before, and the step that is saved then.
 STAGES = {
     "preparing": ("snugpt.data.prepare._encode", 1, 0),
-    "building": ("snugpt.run.train.build", 1, 0),
+    "building": ("snugpt.run.train.build_for_training", 1, 0),
     "first step": ("snugpt.model.gpt.GPT.loss", 1, 1),
     "metered step": ("snugpt.model.gpt.GPT.loss", 3, 2),
     "step": ("snugpt.model.gpt.GPT.loss", 9, 5),
@@ -76,7 +76,10 @@ def test_a_run_stopped_at_every_stage_saves_and_goes_on_exactly(
 def test_a_run_stopped_before_its_next_evaluation_still_knows_the_last(tmp_path: Path) -> None:
     plan = tiny_plan(write_text(tmp_path / "text.txt"), steps=STEPS)
     found = []
-    for target, number in (("snugpt.model.gpt.GPT.loss", 8), ("snugpt.run.train.build", 1)):
+    for target, number in (
+        ("snugpt.model.gpt.GPT.loss", 8),
+        ("snugpt.run.train.build_for_training", 1),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target, after(number, resolve_name(target), "SIGTERM"))
             found.append(run_tiny(plan, tmp_path / "run"))

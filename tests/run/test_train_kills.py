@@ -31,7 +31,7 @@ LONGEST_RANDOM_LEG = 12_000  # calls of Python functions; a whole run makes abou
 MOMENTS: tuple[tuple[Any, str, int, str], ...] = (
     (snugpt.data.prepare, "_train", 1, "after"),
     (snugpt.data.prepare, "_encode", 1, "after"),
-    (snugpt.run.train, "build", 1, "before"),
+    (snugpt.run.train, "build_for_training", 1, "before"),
     (GPT, "loss", 2, "before"),
     (snugpt.run.train, "save_checkpoint", 1, "before"),
     (Path, "rename", 1, "before"),
