@@ -63,13 +63,19 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Levers": {
         "device_batch_size": "Sequences on the device at once.",
         "grad_accum_steps": "Passes that one optimizer step gathers.",
-        "checkpoint": "Keep activations (none) or compute them again (blocks).",
+        "checkpoint": "Keep activations (none), or compute some or all of them again.",
+        "selective_steps": "What is computed again: pointwise, qkv, up, with commas.",
         "compile": "Compile the layers (CUDA with Triton), or run them as they are.",
         "compute_dtype": "Number format of the arithmetic.",
         "loss": "Logits in chunks or all at once.",
         "loss_chunk_tokens": "Tokens of one chunk of the loss.",
         "optimizer": "Muon for the matrices, or AdamW for all.",
-        "fp8": "Products in FP8, where the stack has it.",
+        "state_dtype": "Number format of the optimizer's moments.",
+        "weight_dtype": "Weights: master (fp32) or bf16; to generate: fp32, bf16, fp16.",
+        "fp8": "Products in FP8, where card and stack have it.",
+        "sharding": "What several GPUs divide among them: nothing, optimizer, or full.",
+        "offload": "What waits in host memory: nothing, optimizer, or activations.",
+        "exact": "Only levers that leave the arithmetic as it is.",
     },
     "Schedule": {
         "learning_rate": "AdamW's peak rate.",
@@ -77,7 +83,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "weight_decay": "Decay of the weights.",
         "warmup_fraction": "Share of the steps in which rates rise.",
         "cooldown_fraction": "Share of the steps in which rates fall.",
-        "clip_norm": "Largest norm of the gradients.",
+        "clip_norm": "Largest norm of the gradients; 0: any.",
         "seed": "Start of every random number.",
         "eval_every": "Steps between evaluations.",
         "save_every": "Steps between checkpoints.",
@@ -86,7 +92,6 @@ SECTIONS: dict[str, dict[str, str]] = {
         "batch": "Sequences at once; default: 1.",
         "prompt_tokens": "Tokens of the prompt; default: 512.",
         "max_new_tokens": "Tokens that follow; default: 256.",
-        "weight_dtype": "Number format of weights and cache.",
     },
 }
 _OPTION_OF_TYPE: dict[type, tuple[click.ParamType[Any], str]] = {

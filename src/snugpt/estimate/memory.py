@@ -13,7 +13,7 @@ from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Basis, MemoryEstimate, MemoryTerm
-from snugpt.spec.recipe import GenerationRecipe, Recipe
+from snugpt.spec.recipe import LEVERS, GenerationRecipe, Recipe
 from snugpt.spec.runtime import Runtime, runtime_for
 from snugpt.spec.shape import ModelShape
 
@@ -28,8 +28,9 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
     else:
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
-            recipe.checkpoint, recipe.optimizer, recipe.grad_accum_steps > 1,
-            recipe.stack, recipe.world_size, recipe.launcher, recipe.fp8, recipe.compile,
+            recipe.grad_accum_steps > 1, recipe.steps_in_backward, recipe.schedule is None,
+            recipe.stack, recipe.world_size, recipe.launcher,
+            *(getattr(recipe, lever) for lever in LEVERS),
         )  # fmt: skip
     found = _timelines.get(key)
     if found is None:

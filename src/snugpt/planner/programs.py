@@ -27,7 +27,7 @@ _PLANNED = frozenset(
     {
         *("task", "stack", "gpu", "num_gpus", "launcher", "reserve", "objective", "depth"),
         *("seq_len", "vocab_size", "hours", "total_tokens", "num_iterations", "tokens_per_param"),
-        *("batch_size", "total_batch_tokens", "device_batch_size", "grad_accum_steps"),
+        *("batch_size", "total_batch_tokens", "device_batch_size", "grad_accum_steps", "exact"),
     }
 )
 
@@ -52,6 +52,8 @@ def refuse_what_the_stack_lacks(question: Question, said: dict[str, Any]) -> Non
     if question.task == "generate" and stack.version is not None:
         raise _refusal(question, "task", "generate", "it is planned for training only")
     for field, value in said.items():
+        if field == "weight_dtype" and question.task == "generate":
+            continue  # there it is what generation computes in
         value = {True: "on", False: "off"}.get(value, value) if field == "fp8" else value
         if field in stack.levers:
             allowed = stack.levers[field]

@@ -62,6 +62,12 @@ def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
         BadQuestionError: bf16 is pinned and the device has none.
     """
     pinned = question.compute_dtype if question.task == "train" else question.weight_dtype
+    if pinned == "master":
+        raise refused(
+            "weight_dtype = 'master' is not allowed: generation has fp32 and bf16",
+            question,
+            weight_dtype=None,
+        )
     capability = machine.gpu.capability
     if capability is not None and capability >= FIRST_BF16:
         return pinned or "bf16"

@@ -9,10 +9,22 @@ from typing import Any, Literal
 import msgspec
 
 from snugpt.errors import bad_value
-from snugpt.spec.recipe import Checkpoint, Compile, ComputeDtype, Launcher, Loss, Optimizer
+from snugpt.spec.recipe import (
+    Checkpoint,
+    Compile,
+    ComputeDtype,
+    Launcher,
+    Loss,
+    Offload,
+    Optimizer,
+    Sharding,
+    StateDtype,
+)
 from snugpt.spec.shape import Style
 
 Objective = Literal["speed", "memory"]
+# Of training: master (fp32, and bf16 where it computes) or bf16; of generation: what it computes in
+StoredDtype = Literal["master", "fp32", "bf16", "fp16"]
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +65,12 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     checkpoint: Checkpoint | None = None
     compile: Compile | None = None
     optimizer: Optimizer | None = None
+    selective_steps: str | None = None  # some of pointwise, qkv, up, with commas between them
+    state_dtype: StateDtype | None = None
     fp8: bool | None = None
+    sharding: Sharding | None = None
+    offload: Offload | None = None
+    exact: bool | None = None  # only levers that leave the arithmetic as it is
     objective: Objective = "speed"
     reserve: int = 0
     learning_rate: float | None = None
@@ -68,7 +85,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     batch: int | None = None
     prompt_tokens: int | None = None
     max_new_tokens: int | None = None
-    weight_dtype: ComputeDtype | None = None
+    weight_dtype: StoredDtype | None = None
 
     def __post_init__(self) -> None:
         for field, (low, high) in RANGES.items():
@@ -105,7 +122,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0.0, 1.0),
     "warmup_fraction": (0.0, 1.0),
     "cooldown_fraction": (0.0, 1.0),
-    "clip_norm": (1e-6, 1e3),
+    "clip_norm": (0.0, 1e3),
     "seed": (0, (1 << 63) - 1),
     "eval_every": (1, 1 << 40),
     "save_every": (1, 1 << 40),
@@ -133,9 +150,10 @@ TRAINING_ONLY = frozenset(
         *("loss", "loss_chunk_tokens", "checkpoint", "compile", "optimizer", "learning_rate"),
         *("matrix_learning_rate", "weight_decay", "warmup_fraction", "cooldown_fraction"),
         *("clip_norm", "seed", "eval_every", "save_every", "num_gpus", "launcher", "fp8"),
+        *("selective_steps", "state_dtype", "sharding", "offload", "exact"),
     )
 )
-GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens", "weight_dtype"})
+GENERATION_ONLY = frozenset({"model", "batch", "prompt_tokens", "max_new_tokens"})
 
 # Of a set only one can be said: each decides what the others would.
 RIVALS: tuple[frozenset[str], ...] = (

@@ -12,21 +12,34 @@ import msgspec
 
 from snugpt.errors import BadQuestionError, bad_value
 
-ComputeDtype = Literal["fp32", "bf16"]
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Optimizer = Literal["muon", "adamw"]
-Checkpoint = Literal["none", "blocks"]
+Checkpoint = Literal["none", "selective", "blocks"]
+SelectiveStep = Literal["pointwise", "qkv", "up"]
 Loss = Literal["chunked", "plain"]
+StateDtype = Literal["fp32", "bf16", "int8"]
+WeightDtype = Literal["master", "bf16"]
+Fp8 = Literal["off", "on"]
+Sharding = Literal["none", "optimizer", "full"]
+Offload = Literal["none", "optimizer", "activations"]
 Launcher = Literal["python", "torchrun"]
 Compile = Literal["off", "on"]
 
 _COUNTS = (
     "seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens", "world_size",
 )  # fmt: skip
+SELECTIVE_STEPS: tuple[SelectiveStep, ...] = ("pointwise", "qkv", "up")
+# Fields that say how a step is taken, besides its batch and the dtype it computes in.
+LEVERS = (
+    "checkpoint", "selective_steps", "optimizer", "state_dtype", "weight_dtype", "fp8", "compile",
+    "sharding", "offload",
+)  # fmt: skip
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What moves the loss but not the memory: rates, warm-up, decay, clipping, seed, intervals."""
+    """Rates, warm-up, decay, clipping, seed, intervals. Of these only whether gradients are clipped
+    moves the memory: see `TrainingRecipe.steps_in_backward`."""
 
     learning_rate: float  # AdamW, for everything Muon does not take
     matrix_learning_rate: float  # Muon
@@ -34,17 +47,19 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warmup_fraction: float
     cooldown_fraction: float
     final_fraction: float
-    clip_norm: float
+    clip_norm: float  # 0: gradients are not clipped
     seed: int
     eval_every_steps: int
     eval_tokens: int
     save_every_steps: int
 
     def __post_init__(self) -> None:
-        for field in ("learning_rate", "matrix_learning_rate", "clip_norm"):
+        for field in ("learning_rate", "matrix_learning_rate"):
             value = getattr(self, field)
             if not 0.0 < value < 1e4:  # also refuses NaN
                 raise bad_value(field, value, "above 0, below 10000")
+        if not 0.0 <= self.clip_norm < 1e4:
+            raise bad_value("clip_norm", self.clip_norm, "0 (no clipping) to below 10000")
         for field in ("weight_decay", "warmup_fraction", "cooldown_fraction", "final_fraction"):
             value = getattr(self, field)
             if not 0.0 <= value <= 1.0:
@@ -79,13 +94,14 @@ class TrainingRecipe(
     loss: Loss
     loss_chunk_tokens: int
     checkpoint: Checkpoint
+    selective_steps: tuple[SelectiveStep, ...] = ()  # what `checkpoint = selective` makes again
     optimizer: Optimizer
-    state_dtype: Literal["fp32"] = "fp32"
-    weight_dtype: Literal["master"] = "master"
-    fp8: Literal["off", "on"] = "off"
+    state_dtype: StateDtype = "fp32"
+    weight_dtype: WeightDtype = "master"
+    fp8: Fp8 = "off"
     compile: Compile = "off"
-    sharding: Literal["none", "optimizer"] = "none"
-    offload: Literal["none"] = "none"
+    sharding: Sharding = "none"
+    offload: Offload = "none"
     stack: str = "snugpt"  # the program that takes the step, resolved to its version
     launcher: Launcher = "python"
     schedule: Schedule | None  # None: what the stack's program does by itself
@@ -105,6 +121,20 @@ class TrainingRecipe(
             raise bad_value("launcher", self.launcher, "torchrun for several GPUs")
         if self.total_tokens < 1:
             raise bad_value("total_tokens", self.total_tokens, "at least 1")
+        if (self.checkpoint == "selective") != bool(self.selective_steps):
+            steps = ", ".join(SELECTIVE_STEPS) if self.checkpoint == "selective" else "none"
+            raise bad_value("selective_steps", list(self.selective_steps), steps)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether each gradient goes to its optimizer as soon as it is complete, and is let go.
+
+        Only where nothing has to see all gradients together: one pass to a step, no clipping, no
+        scaled loss, one device.
+        """
+        clips = self.schedule is None or self.schedule.clip_norm > 0
+        alone = self.world_size == 1 and self.grad_accum_steps == 1
+        return alone and not clips and self.compute_dtype != "fp16"
 
     @property
     def micro_batch_tokens(self) -> int:
