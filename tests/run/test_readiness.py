@@ -10,7 +10,7 @@ from tiny_plan import tiny_plan, write_text
 
 import snugpt
 from snugpt.errors import BadQuestionError
-from snugpt.run.readiness import refuse_to_compile, runnable
+from snugpt.run.readiness import refuse_levers, runnable
 from snugpt.run.run_folder import training_recipe
 
 
@@ -22,7 +22,7 @@ def compiled_plan():
 def test_without_triton_the_way_out_is_named(compiled_plan, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadQuestionError, match="Triton") as refused:
-        refuse_to_compile(compiled_plan, training_recipe(compiled_plan))
+        refuse_levers(compiled_plan, training_recipe(compiled_plan))
     hint = refused.value.hint
     assert hint.startswith("snugpt train ")
     assert hint.endswith("--compile off")
@@ -30,7 +30,7 @@ def test_without_triton_the_way_out_is_named(compiled_plan, monkeypatch):
 
 def test_with_triton_nothing_is_refused(compiled_plan, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    refuse_to_compile(compiled_plan, training_recipe(compiled_plan))
+    refuse_levers(compiled_plan, training_recipe(compiled_plan))
 
 
 def test_a_plan_edited_to_compile_on_the_cpu_is_refused(tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.draft import Draft
+from snugpt.planner.levers import difference, is_exact
 from snugpt.planner.search import TIE_SHARE, Candidate, Choice
 from snugpt.spec.plan import Rejection, Rung
-from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.recipe import LEVERS, TrainingRecipe
 from snugpt.units import gib
 
 MOST_REJECTIONS = 2
@@ -57,11 +58,11 @@ def rejections(draft: Draft, choice: Choice) -> tuple[Rejection, ...]:
     larger = [
         each
         for each in draft.found
-        if _training(each).checkpoint == chosen.checkpoint
+        if difference(_training(each), chosen)[:-1] == []
         and _training(each).device_batch_size > chosen.device_batch_size
     ]
     found = [_rejected(draft, choice, each) for each in larger[-MOST_REJECTIONS:][::-1]]
-    other = [each for each in draft.found if _training(each).checkpoint != chosen.checkpoint]
+    other = [each for each in draft.found if difference(_training(each), chosen)[:-1]]
     best = min(
         (each for each in other if each.process_bytes <= draft.capacity_bytes),
         key=lambda each: each.step_s,
@@ -90,7 +91,7 @@ def ladder(draft: Draft) -> tuple[Rung, ...]:
             levers=_levers(_training(each)),
             bytes_saved=first.process_bytes - each.process_bytes,
             time_factor=each.step_s / first.step_s,
-            exact=True,
+            exact=is_exact(_training(each)),
         )
         for each in front[:MOST_RUNGS]
     )
@@ -102,22 +103,21 @@ def _training(candidate: Candidate) -> TrainingRecipe:
 
 
 def _levers(recipe: TrainingRecipe) -> dict[str, str | int]:
+    levers = {lever: getattr(recipe, lever) for lever in LEVERS if lever != "selective_steps"}
+    if recipe.selective_steps:
+        levers["selective_steps"] = ",".join(recipe.selective_steps)
     return {
         "device_batch_size": recipe.device_batch_size,
         "grad_accum_steps": recipe.grad_accum_steps,
-        "checkpoint": recipe.checkpoint,
-        "compile": recipe.compile,
         "loss": recipe.loss,
-        "optimizer": recipe.optimizer,
+        **levers,
     }
 
 
 def _rejected(draft: Draft, choice: Choice, each: Candidate) -> Rejection:
     chosen, recipe = choice.recipe, _training(each)
     assert isinstance(chosen, TrainingRecipe)
-    change = f"device_batch_size {recipe.device_batch_size}"
-    if recipe.checkpoint != chosen.checkpoint:
-        change = f"checkpoint {recipe.checkpoint}, {change}"
+    change = ", ".join(difference(recipe, chosen))
     factor = each.step_s / choice.step_s
     if each.process_bytes > draft.capacity_bytes:
         name, size = _largest(draft, recipe)

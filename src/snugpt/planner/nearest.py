@@ -26,10 +26,11 @@ from snugpt.units import gib
 
 Step = tuple[str, Draft]
 MOST_SIMULATIONS = 6  # of one kind of change
-TRAINED_PARAMETER_BYTES = 12  # at least: weight, gradient and one moment, all fp32
+PARAMETER_BYTES = 2  # at least, whatever the levers: a weight in 16 bits
 BF16_SHARE = 0.5  # at least what bf16 leaves of the bytes, on a card that has it
-LEVERS = ("device_batch_size", "grad_accum_steps", "checkpoint", "compile", "loss",
-          "loss_chunk_tokens", "compute_dtype", "batch", "weight_dtype")  # fmt: skip
+LEVERS = ("device_batch_size", "grad_accum_steps", "checkpoint", "selective_steps", "compile",
+          "loss", "loss_chunk_tokens", "compute_dtype", "state_dtype", "offload", "exact", "batch",
+          "weight_dtype")  # fmt: skip
 
 
 def nearest(stuck: Draft) -> Iterator[tuple[str, Draft, Choice]]:
@@ -76,9 +77,7 @@ def _least_bytes(stuck: Draft, question: Question) -> int:
     if depth is None:
         return 0
     shape = shape_of(definite, depth, stuck.corpus.num_bytes if stuck.corpus else None)
-    alone = question.task == "train" and question.stack == "snugpt"
-    each = TRAINED_PARAMETER_BYTES if alone else 2  # nanochat's embeddings are bf16, state shared
-    return each * num_parameters(shape)
+    return PARAMETER_BYTES * num_parameters(shape)
 
 
 def _changed(question: Question, **changes: Any) -> Question:

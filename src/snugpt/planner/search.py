@@ -1,4 +1,4 @@
-"""The search: every set of exact levers with its step time and its bytes, and the best that fits.
+"""The search: sets of levers with their step time and their bytes, and the best that fits.
 
 A shape is walked once per set of levers; each batch size is then arithmetic. Only what is chosen is
 simulated and printed. Should the simulation disagree, the next best is taken.
@@ -7,11 +7,11 @@ simulated and printed. Should the simulation disagree, the next best is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import msgspec
 
-from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import (
     memory_estimate,
     peak_bytes,
@@ -22,13 +22,14 @@ from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import plain_dial, refused
 from snugpt.planner.horizon import Amount
+from snugpt.planner.levers import LeverSet, Tier, tiers
 from snugpt.planner.machine import Machine
 from snugpt.planner.programs import launcher_of, num_gpus_of
 from snugpt.planner.schedule import schedule_for
 from snugpt.planner.subject import seq_len_of
 from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.question import Objective, Question
-from snugpt.spec.recipe import Checkpoint, ComputeDtype, Recipe, TrainingRecipe
+from snugpt.spec.recipe import ComputeDtype, Recipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import GIB, MIB
 
@@ -96,35 +97,76 @@ def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> in
 def candidates(
     question: Question, shape: ModelShape, machine: Machine, batch: Amount, tokens: Amount
 ) -> tuple[Candidate, ...]:
-    """Return every allowed set of levers of a settled question, the largest batch first.
+    """Return the sets of levers of a settled question, the largest batch of each first.
+
+    Tier by tier, until something of a tier fits.
 
     Raises:
-        BadQuestionError: `compile = on` is pinned where nothing can be compiled.
+        BadQuestionError: a lever is pinned where it can't be pulled.
     """
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
-    measured = machine.measured_flops_per_s
-    rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
-    runtime = runtime_of(shape, base, machine.gpu, machine.num_threads)
-    found = []
-    why_not = None
-    for checkpoint, device_batch, steps in _lever_sets(question, base):
-        recipe = msgspec.structs.replace(
-            base, checkpoint=checkpoint, device_batch_size=device_batch, grad_accum_steps=steps
-        )
-        if question.compile == "on" and base.stack == "snugpt":
-            why_not = why_not_compiled(shape, recipe, runtime)
-            if why_not:
-                continue
-        process_bytes = highest_process_bytes(peak_bytes(shape, recipe, runtime), runtime, recipe)
-        step_s = step_time_s(shape, recipe, machine.gpu, rate)
-        found.append(Candidate(recipe, process_bytes, step_s))
-    if not found:
+    search = _Search(question, shape, machine, base)
+    capacity = machine.capacity_bytes - question.reserve
+    for tier in tiers(question, shape):
+        if search.found and not search.smallest_fits(tier, capacity):
+            continue
+        search.look_at(tier)
+        if any(each.process_bytes <= capacity for each in search.found):
+            break
+    if not search.found:
+        why = search.objection
+        assert why is not None
         raise refused(
-            f"compile = 'on' is not allowed: {why_not}",
-            question,
-            compile="off",
+            f"{why.lever} = {why.value!r} is not allowed: {why.because}", question, **why.mend
         )
-    return tuple(found)
+    return tuple(search.found)
+
+
+class _Search:
+    """The candidates found so far, and what stood against the others."""
+
+    def __init__(
+        self, question: Question, shape: ModelShape, machine: Machine, base: TrainingRecipe
+    ) -> None:
+        self.question, self.shape, self.machine, self.base = question, shape, machine, base
+        measured = machine.measured_flops_per_s
+        self.rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
+        self.runtime = runtime_of(shape, base, machine.gpu, machine.num_threads)
+        self.batches = list(_batches(question, base))
+        self.found: list[Candidate] = []
+        self.objection: Objection | None = None
+
+    def look_at(self, tier: Tier) -> None:
+        """Add every set of a tier with every batch."""
+        for levers in tier:
+            for batch, steps in self.batches:
+                candidate = self._candidate(levers, batch, steps)
+                if candidate is not None and candidate not in self.found[-len(self.batches) :]:
+                    self.found.append(candidate)
+
+    def smallest_fits(self, tier: Tier, capacity_bytes: int) -> bool:
+        """Whether the smallest batch fits with any of the sets that keep least; they are added."""
+        last = tier[-1]["checkpoint"]
+        batch, steps = self.batches[-1]
+        tried = [
+            self._candidate(levers, batch, steps) for levers in tier if levers["checkpoint"] == last
+        ]
+        self.found += [each for each in tried if each is not None]
+        return any(each and each.process_bytes <= capacity_bytes for each in tried)
+
+    def _candidate(self, levers: LeverSet, batch: int, steps: int) -> Candidate | None:
+        recipe = msgspec.structs.replace(
+            self.base, **levers, device_batch_size=batch, grad_accum_steps=steps
+        )
+        if recipe.stack == "snugpt":
+            objection = why_not(self.shape, recipe, self.runtime)
+            if objection is not None:
+                self.objection = self.objection or objection
+                return None
+        peak = peak_bytes(self.shape, recipe, self.runtime)
+        process_bytes = highest_process_bytes(peak, self.runtime, recipe)
+        step_s = step_time_s(self.shape, recipe, self.machine.gpu, self.rate)
+        return Candidate(recipe, process_bytes, step_s)
 
 
 def choose(
@@ -184,8 +226,8 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)}, reverse=True)
 
 
-def _lever_sets(question: Question, base: TrainingRecipe) -> Iterator[tuple[Checkpoint, int, int]]:
-    """Yield (checkpoint, device batch, accumulation); what is pinned has one value."""
+def _batches(question: Question, base: TrainingRecipe) -> Iterator[tuple[int, int]]:
+    """Yield (device batch, accumulation), the largest batch first; what is pinned has one value."""
     rows = base.total_batch_tokens // base.seq_len // base.world_size
     if question.device_batch_size is not None:
         batches = [question.device_batch_size]
@@ -193,11 +235,8 @@ def _lever_sets(question: Question, base: TrainingRecipe) -> Iterator[tuple[Chec
         batches = [rows // question.grad_accum_steps]
     else:
         batches = divisors(rows)
-    pinned = question.checkpoint
-    every = find_stack(question.stack).levers["checkpoint"] if pinned is None else (pinned,)
-    for checkpoint in every:
-        for batch in batches:
-            yield cast(Checkpoint, checkpoint), batch, rows // batch
+    for batch in batches:
+        yield batch, rows // batch
 
 
 def _base_recipe(
@@ -224,6 +263,7 @@ def _base_recipe(
         checkpoint="none",
         compile=question.compile or "off",  # until a compiled step has run on a GPU
         optimizer=optimizer,
+        fp8="on" if question.fp8 else "off",
         schedule=schedule,
     )
 

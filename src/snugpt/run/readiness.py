@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
-from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import memory_estimate, runtime_of
 from snugpt.planner.command import command_line
 from snugpt.run.reports import Notice, Watcher
@@ -22,11 +22,11 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     """Return the plan to run, predicted anew if somebody has edited it.
 
     Raises:
-        BadQuestionError: it is a plan to generate, or to compile what can't be compiled here.
+        BadQuestionError: it is a plan to generate, or with levers that can't be pulled here.
         DoesNotFitError: it does not fit.
         FailedError: it is for a device that is not here.
     """
-    refuse_to_compile(plan, training_recipe(plan))
+    refuse_levers(plan, training_recipe(plan))
     plan = predicted_anew(plan, watcher)
     if not plan.fits:
         raise DoesNotFitError(
@@ -45,23 +45,27 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     return plan
 
 
-def refuse_to_compile(plan: Plan, recipe: TrainingRecipe) -> None:
-    """Say what stands against `compile = on`: an edited plan, or no Triton on this machine.
+def refuse_levers(plan: Plan, recipe: TrainingRecipe) -> None:
+    """Say what stands against the levers: of an edited plan, or of what is installed here.
 
     Raises:
         BadQuestionError: something does.
     """
-    if recipe.compile == "off":
-        return
     runtime = runtime_of(plan.shape, recipe, plan.gpu, torch.get_num_threads())
-    why = why_not_compiled(plan.shape, recipe, runtime)
-    if why is None and importlib.util.find_spec("triton") is None:
-        why = "torch.compile needs Triton for CUDA, and it is not installed here"
-    if why is not None:
+    objection = why_not(plan.shape, recipe, runtime) or _missing(recipe)
+    if objection is not None:
         raise BadQuestionError(
-            f"compile = 'on' is not allowed: {why}",
-            hint=command_line(plan.question, compile="off").replace("plan", "train", 1),
+            f"{objection.lever} = {objection.value!r} is not allowed: {objection.because}",
+            hint=command_line(plan.question, **objection.mend).replace("plan", "train", 1),
         )
+
+
+def _missing(recipe: TrainingRecipe) -> Objection | None:
+    """What a lever needs and is not installed here."""
+    if recipe.compile == "on" and importlib.util.find_spec("triton") is None:
+        because = "torch.compile needs Triton for CUDA, and it is not installed here"
+        return Objection("compile", "on", because, "off")
+    return None
 
 
 def predicted_anew(plan: Plan, watcher: Watcher) -> Plan:

@@ -1,0 +1,49 @@
+"""Which levers can be pulled together, and why others can't: asked by planner, trainer and tracer.
+
+One small function per lever. What is refused here was never derived, or would change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from snugpt.estimate.compiled import why_not_compiled
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape
+
+Why = Callable[[ModelShape, TrainingRecipe, Runtime], str | None]
+
+
+class Objection(NamedTuple):
+    """The lever that can't have its value, why, and the value it always can have."""
+
+    lever: str
+    value: str
+    because: str
+    instead: str
+
+    @property
+    def mend(self) -> dict[str, str | None]:
+        """The field of a Question that takes the lever back."""
+        return {self.lever: None if self.lever == "fp8" else self.instead}  # a flag without a value
+
+
+def why_not(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Objection | None:
+    """Return what stands against a recipe's levers on a device, or None.
+
+    Only for recipes of the `snugpt` stack; another program's levers are its own.
+    """
+    for lever, (default, why) in _CHECKS.items():
+        value = getattr(recipe, lever)
+        because = why(shape, recipe, runtime) if value != default else None
+        if because is not None:
+            return Objection(lever, value, because, default)
+    return None
+
+
+# What a lever is by default, which needs no reason, and what may stand against another value.
+_CHECKS: dict[str, tuple[str, Why]] = {
+    "compile": ("off", why_not_compiled),
+}

@@ -1,0 +1,108 @@
+"""The sets of levers worth a look, mildest first: what a question pins has one value.
+
+    on the card and exact -> the host's memory as well -> fewer bits for moments and weights
+
+A later tier is only walked where nothing of the tiers before it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from snugpt.estimate.stacks.catalogue import find_stack
+from snugpt.planner.command import refused
+from snugpt.spec.question import Question
+from snugpt.spec.recipe import SELECTIVE_STEPS, SelectiveStep, TrainingRecipe
+from snugpt.spec.shape import ModelShape
+
+LeverSet = dict[str, Any]  # by the names of a recipe's fields
+Tier = tuple[LeverSet, ...]
+# What changes the arithmetic, and its value that does not.
+EXACT: dict[str, str] = {"state_dtype": "fp32", "weight_dtype": "master", "fp8": "off"}
+
+
+def tiers(question: Question, shape: ModelShape) -> Iterator[Tier]:
+    """Yield tuples of lever sets; those that trade exactness last, none of them with `exact`.
+
+    Raises:
+        BadQuestionError: `selective_steps` names none, or other steps than there are.
+    """
+    checkpoints = _checkpoints(question, shape)
+    offloads = _values(question, "offload")
+    formats = [
+        {"state_dtype": state, "weight_dtype": weight}
+        for weight, state in product(
+            _values(question, "weight_dtype"), _values(question, "state_dtype")
+        )
+    ]
+    if question.exact:
+        formats = formats[:1]
+    for low_bit, far in ((False, False), (False, True), (True, False), (True, True)):
+        levers = tuple(
+            {**checkpoint, "offload": offload, **dtypes}
+            for dtypes in (formats[1:] if low_bit else formats[:1])
+            for offload in (offloads[1:] if far else offloads[:1])
+            for checkpoint in checkpoints
+        )
+        if levers:
+            yield levers
+
+
+def is_exact(recipe: TrainingRecipe) -> bool:
+    """Whether every lever leaves the arithmetic as it is."""
+    return all(getattr(recipe, lever) == value for lever, value in EXACT.items())
+
+
+def difference(recipe: TrainingRecipe, other: TrainingRecipe) -> list[str]:
+    """The levers of `recipe` that `other` has otherwise, in words; its batch comes last."""
+    words = [
+        f"{lever} {getattr(recipe, lever)}"
+        for lever in ("checkpoint", "offload", "weight_dtype", "state_dtype")
+        if getattr(recipe, lever) != getattr(other, lever)
+    ]
+    if recipe.selective_steps and recipe.selective_steps != other.selective_steps:
+        steps = f"selective_steps {','.join(recipe.selective_steps)}"
+        words = [steps if word.startswith("checkpoint") else word for word in words] or [steps]
+    return [*words, f"device_batch_size {recipe.device_batch_size}"]
+
+
+def _values(question: Question, lever: str) -> tuple[str, ...]:
+    pinned = getattr(question, lever)
+    return find_stack(question.stack).levers[lever] if pinned is None else (pinned,)
+
+
+def _checkpoints(question: Question, shape: ModelShape) -> list[LeverSet]:
+    """The ways to checkpoint, fastest first, each with the steps it makes again."""
+    pinned = _pinned_steps(question)
+    ways = _values(question, "checkpoint")
+    if pinned and question.checkpoint is None:
+        ways = ("selective",)
+    found: list[LeverSet] = []
+    for way in ways:
+        if way != "selective":
+            found.append({"checkpoint": way, "selective_steps": ()})
+            continue
+        sets = [pinned] if pinned else []
+        found += [{"checkpoint": way, "selective_steps": steps} for steps in sets]
+    return found
+
+
+def _pinned_steps(question: Question) -> tuple[SelectiveStep, ...]:
+    if question.selective_steps is None:
+        return ()
+    named = {word.strip() for word in question.selective_steps.split(",")}
+    if question.checkpoint not in (None, "selective"):
+        raise refused(
+            f"selective_steps = {question.selective_steps!r} is not allowed: they are for"
+            " checkpoint = 'selective'",
+            question, selective_steps=None,
+        )  # fmt: skip
+    if not named <= set(SELECTIVE_STEPS):
+        raise refused(
+            f"selective_steps = {question.selective_steps!r} is not allowed: some of"
+            f" {', '.join(SELECTIVE_STEPS)}, with commas",
+            question, selective_steps="qkv,up",
+        )  # fmt: skip
+    return tuple(step for step in SELECTIVE_STEPS if step in named)
