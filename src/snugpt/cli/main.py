@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "trace": ("snugpt.cli.trace:trace", "The real code without a GPU, beside what is predicted."),
     "train": ("snugpt.cli.train:train", "Train by a plan, with its receipt at the end."),
     "generate": ("snugpt.cli.generate:generate", "Text from a trained model."),
+    "doctor": ("snugpt.cli.doctor:doctor", "What went wrong: reads a log, or checks this machine."),
     "gpus": ("snugpt.cli.gpus:gpus", "The cards snugpt knows, with the source of every figure."),
     "records": ("snugpt.cli.records:records", "All past runs: predicted ÷ measured."),
     "demo": ("snugpt.cli.demo:demo", "All of it in three minutes, no GPU, no download."),

@@ -1,0 +1,391 @@
+"""Mends that are checked: each is the run with one thing changed, predicted again.
+
+What leaves the arithmetic as it is comes first, then what does not, then another model or card. A
+mend is said to fit when it saves what was lacking, on the card as it was: less what others held,
+and with room for what the run held beyond its own prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from snugpt.errors import SnugError
+from snugpt.estimate.levers import why_not
+from snugpt.estimate.memory import memory_estimate, runtime_of
+from snugpt.estimate.speed import speed_estimate
+from snugpt.estimate.stacks.catalogue import find_stack
+from snugpt.planner.answer import answer
+from snugpt.planner.command import command_line
+from snugpt.planner.doctor.commands import with_flags
+from snugpt.planner.doctor.diagnosis import hidden_bytes
+from snugpt.planner.doctor.program import ProgramRun
+from snugpt.planner.doctor.report import Event, OutOfMemory
+from snugpt.planner.horizon import automatic_batch_tokens
+from snugpt.planner.levers import EXACT, in_words, ways_to_checkpoint
+from snugpt.planner.machine import CPU_ID, Machine, this_processor
+from snugpt.planner.programs import FIRST_FP8, run_command
+from snugpt.planner.search import divisors
+from snugpt.planner.subject import SHORTEST_CONTEXT
+from snugpt.spec.catalogue import catalogue, find_gpu
+from snugpt.spec.gpu import Gpu
+from snugpt.spec.memory import MemoryEstimate
+from snugpt.spec.plan import Plan
+from snugpt.spec.question import Question
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.shape import ModelShape
+from snugpt.units import gib, plural
+
+Kind = Literal["exact", "inexact", "model", "machine"]
+SAME_CAPACITY_SHARE = 0.003  # drivers keep a little more or less for themselves
+MOST_DEPTHS = 8
+EXACT_LEVERS = ("loss", "offload")
+
+
+class Mend(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing to change. `fits` is None where nothing could be planned; bytes by process."""
+
+    change: str
+    kind: Kind
+    command: str | None = None
+    saves_bytes: int | None = None
+    process_bytes: int | None = None
+    fits: bool | None = None
+    time_factor: float | None = None
+
+
+class Patient(NamedTuple):
+    """The run as it failed, made definite. `slip_bytes` is what it held beyond the prediction,
+    `lacking_bytes` what a mend has to save at least."""
+
+    question: Question
+    shape: ModelShape
+    recipe: TrainingRecipe
+    machine: Machine
+    memory: MemoryEstimate
+    slip_bytes: int
+    lacking_bytes: int
+    words: tuple[str, ...]
+    run: str | None
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What the process could have on the card as it was."""
+        return self.machine.capacity_bytes - self.question.reserve
+
+
+def patient_of(run: ProgramRun, event: Event, gpu: str | None) -> Patient | None:
+    """Return the run as a plan; None where none can stand for it.
+
+    `gpu` is the card the user names; else it is the plan's, the log's, or the one of the catalogue
+    with just that capacity.
+
+    Raises:
+        BadQuestionError: there is no such card.
+    """
+    named = find_gpu(gpu) if gpu is not None and gpu.lower() != CPU_ID else None
+    report = event if isinstance(event, OutOfMemory) else None
+    plan = run.plan
+    if plan is not None and isinstance(plan.recipe, TrainingRecipe):
+        machine = _as_it_was(
+            Machine(gpu=named or plan.gpu, capacity_bytes=plan.memory.capacity_bytes), report
+        )
+        memory = _predicted(plan.shape, plan.recipe, machine)
+        return _patient(plan.question, plan.shape, plan.recipe, machine, memory, run, report)
+    if run.question is None or run.question.task != "train":
+        return None
+    card = named or card_of(run, event)
+    machine = (
+        this_processor() if card is None else Machine(gpu=card, capacity_bytes=card.usable_bytes)
+    )
+    if card is None and run.question.gpu != CPU_ID:
+        return None
+    machine = _as_it_was(machine, report)
+    question = msgspec.structs.replace(run.question, gpu=machine.gpu.id, input=None)
+    try:
+        made = answer(question, machine=machine, num_alternatives=0)
+    except SnugError:
+        return None
+    if not isinstance(made.recipe, TrainingRecipe):
+        return None
+    said = msgspec.structs.replace(run.question, gpu=machine.gpu.id)
+    return _patient(said, made.shape, made.recipe, machine, made.memory, run, report)
+
+
+def card_of(run: ProgramRun, event: Event) -> Gpu | None:
+    """Return the card a run was on: the log's, else the one whose capacity the message gives."""
+    said = run.question.gpu if run.question is not None else None
+    if said is not None and said.lower() != CPU_ID:
+        try:
+            return find_gpu(said)
+        except SnugError:
+            return None
+    capacity = event.capacity_bytes if isinstance(event, OutOfMemory) else None
+    if capacity is None or not isinstance(event, OutOfMemory) or event.backend != "cuda":
+        return None
+    cards = [card for card in catalogue().values() if card.backend == "cuda"]
+    nearest = min(cards, key=lambda card: abs(card.usable_bytes - capacity))
+    apart = abs(nearest.usable_bytes - capacity)
+    return nearest if apart <= SAME_CAPACITY_SHARE * capacity else None
+
+
+def _as_it_was(machine: Machine, report: OutOfMemory | None) -> Machine:
+    """The machine with the capacity that the message gives, less what others held."""
+    if report is None:
+        return machine
+    capacity = min(machine.capacity_bytes, report.capacity_bytes or machine.capacity_bytes)
+    capacity -= report.others_bytes + hidden_bytes(report)
+    if report.limit_bytes is not None:
+        capacity = min(capacity, report.limit_bytes)
+    return msgspec.structs.replace(machine, capacity_bytes=max(1, capacity))
+
+
+def _patient(
+    question: Question,
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    machine: Machine,
+    memory: MemoryEstimate,
+    run: ProgramRun,
+    report: OutOfMemory | None,
+) -> Patient:
+    slip, lacking = 0, 1
+    if report is not None and report.tried_bytes is not None:
+        if report.allocated_bytes is not None:
+            needed = report.allocated_bytes + report.tried_bytes
+            slip = max(0, needed - memory.allocated_bytes)
+        if report.free_bytes is not None:
+            lacking = max(1, report.tried_bytes - report.free_bytes)
+    return Patient(question, shape, recipe, machine, memory, slip, lacking, run.words, run.run)
+
+
+def _predicted(shape: ModelShape, recipe: TrainingRecipe, machine: Machine) -> MemoryEstimate:
+    return memory_estimate(
+        shape, recipe, machine.gpu,
+        num_threads=machine.num_threads, capacity_bytes=machine.capacity_bytes,
+    )  # fmt: skip
+
+
+def planned_mends(patient: Patient) -> tuple[Mend, ...]:
+    """Return the mends of a planned run, best first: those that fit, exact before inexact."""
+    exact = sorted(_exact(patient), key=_rank)
+    inexact = [mend for mend in _inexact(patient) if mend.fits]
+    fitting = [mend for mend in exact if mend.fits]
+    if fitting:
+        return (*fitting, *inexact[:1])
+    together = list(_together(patient))
+    return (*together, *inexact, *_smaller_models(patient), *_larger_card(patient), *exact[:1])
+
+
+def _rank(mend: Mend) -> tuple[bool, float, int]:
+    """What fits first, then the fastest, then what saves most."""
+    return not mend.fits, round(mend.time_factor or 1.0, 2), -(mend.saves_bytes or 0)
+
+
+def _exact(patient: Patient) -> Iterator[Mend]:
+    yield from _smaller_batch(patient)
+    recipe, stack = patient.recipe, find_stack(patient.recipe.stack)
+    if len(stack.levers["checkpoint"]) > 1:
+        for way in ways_to_checkpoint(patient.shape):
+            steps = ",".join(way["selective_steps"]) or None
+            changes = {"checkpoint": way["checkpoint"], "selective_steps": steps}
+            other = msgspec.structs.replace(recipe, **way)
+            yield from _tried(patient, in_words(other)[0], "exact", other, changes)
+    for lever in EXACT_LEVERS:
+        for value in stack.levers[lever]:
+            other = msgspec.structs.replace(recipe, **{lever: value})
+            yield from _tried(patient, f"{lever} {value}", "exact", other, {lever: value})
+    if recipe.launcher == "torchrun" and recipe.world_size == 1:
+        other = msgspec.structs.replace(recipe, launcher="python")
+        change = "started with python, not torchrun"
+        yield from _tried(patient, change, "exact", other, {"launcher": "python"})
+
+
+def _smaller_batch(patient: Patient) -> Iterator[Mend]:
+    """The largest batch that fits with the same total, else the smallest there is."""
+    recipe = patient.recipe
+    rows = recipe.device_batch_size * recipe.grad_accum_steps
+    mend = None
+    for batch in divisors(rows):
+        if batch >= recipe.device_batch_size:
+            continue
+        passes = rows // batch
+        other = msgspec.structs.replace(recipe, device_batch_size=batch, grad_accum_steps=passes)
+        changes: dict[str, Any] = {"device_batch_size": batch}
+        if patient.question.grad_accum_steps is not None:
+            changes["grad_accum_steps"] = passes
+        change = f"device_batch_size {batch}, {plural(passes, 'pass', 'passes')} a step"
+        mend = next(_tried(patient, change, "exact", other, changes), mend)
+        if mend is not None and mend.fits:
+            break
+    if mend is not None:
+        yield mend
+
+
+def _inexact(patient: Patient) -> Iterator[Mend]:
+    recipe, stack = patient.recipe, find_stack(patient.recipe.stack)
+    for lever in EXACT:
+        for value in stack.levers[lever]:
+            if lever == "fp8" and (patient.machine.gpu.capability or (0, 0)) < FIRST_FP8:
+                continue
+            other = msgspec.structs.replace(recipe, **{lever: value})
+            changes = {lever: True if lever == "fp8" else value}
+            yield from _tried(patient, f"{lever} {value}", "inexact", other, changes)
+
+
+def _tried(
+    patient: Patient, change: str, kind: Kind, other: TrainingRecipe, changes: dict[str, Any]
+) -> Iterator[Mend]:
+    """Yield the mend if the levers can be pulled and it saves anything."""
+    machine = patient.machine
+    if other == patient.recipe:
+        return
+    runtime = runtime_of(patient.shape, other, machine.gpu, machine.num_threads)
+    if other.stack == "snugpt" and why_not(patient.shape, other, runtime) is not None:
+        return
+    try:
+        memory = _predicted(patient.shape, other, machine)
+        command = _command(patient, other, changes)
+    except SnugError:
+        return
+    saves = patient.memory.process_bytes.high - memory.process_bytes.high
+    if saves <= 0:
+        return
+    needed = memory.process_bytes.high + patient.slip_bytes
+    before = speed_estimate(patient.shape, patient.recipe, machine.gpu).step_s
+    yield Mend(
+        change=change,
+        kind=kind,
+        command=command,
+        saves_bytes=saves,
+        process_bytes=needed,
+        fits=needed <= patient.capacity_bytes and saves >= patient.lacking_bytes,
+        time_factor=speed_estimate(patient.shape, other, machine.gpu).step_s / before,
+    )
+
+
+def _command(patient: Patient, other: TrainingRecipe, changes: dict[str, Any]) -> str:
+    """What runs it: the user's own words where they are known, else a whole new line."""
+    question = msgspec.structs.replace(patient.question, **changes)
+    version = find_stack(other.stack).version
+    if version is None:
+        return _train_command(question, patient.run)
+    own = {
+        version.options[name]: value for name, value in changes.items() if name in version.options
+    }
+    if patient.words and len(own) == len(changes) and "fp8" not in own:
+        return with_flags(patient.words, own)
+    automatic = automatic_batch_tokens(question, patient.shape)
+    return run_command(question, patient.shape, other, automatic)
+
+
+def _train_command(question: Question, run: str | None) -> str:
+    line = command_line(question).replace("snugpt plan", "snugpt train", 1)
+    if run is None:
+        return line
+    name = run.rstrip("/").rpartition("/")[2]
+    return line + (f" --name {name}-2" if name.replace("-", "").replace(".", "").isalnum() else "")
+
+
+def _asked(patient: Patient, **changes: Any) -> Plan | None:
+    """The plan of the question with changes on the card as it was, its batch free again."""
+    machine = msgspec.structs.replace(
+        patient.machine, capacity_bytes=max(1, patient.machine.capacity_bytes - patient.slip_bytes)
+    )
+    free = {"device_batch_size": None, "grad_accum_steps": None, "input": None, **changes}
+    if patient.question.input is not None and not patient.question.byte_tokens:
+        free["vocab_size"] = patient.shape.vocab_size
+    try:
+        made = answer(
+            msgspec.structs.replace(patient.question, **free), machine=machine, num_alternatives=0
+        )
+    except SnugError:
+        return None
+    return made if made.fits else None
+
+
+def _together(patient: Patient) -> Iterator[Mend]:
+    """Several exact levers at once, where no one is enough."""
+    if patient.recipe.stack != "snugpt":
+        return
+    levers = dict.fromkeys(("checkpoint", "selective_steps", *EXACT_LEVERS))
+    made = _asked(patient, exact=True, **levers)
+    if made is None or not isinstance(made.recipe, TrainingRecipe):
+        return
+    other = made.recipe
+    changes: dict[str, Any] = {"device_batch_size": other.device_batch_size}
+    for lever in ("checkpoint", *EXACT_LEVERS):
+        if getattr(other, lever) != getattr(patient.recipe, lever):
+            changes[lever] = getattr(other, lever)
+    if other.selective_steps:
+        changes["selective_steps"] = ",".join(other.selective_steps)
+    whole = {"grad_accum_steps": None, **changes}
+    question = msgspec.structs.replace(patient.question, **whole)
+    change = ", ".join(f"{field} {value}" for field, value in changes.items())
+    yield _planned(patient, made, change, "exact", _train_command(question, patient.run))
+
+
+def _smaller_models(patient: Patient) -> Iterator[Mend]:
+    """Half the context, and the deepest model of the same kind that fits."""
+    half = patient.recipe.seq_len // 2
+    if half >= SHORTEST_CONTEXT:
+        yield from _other_model(patient, f"seq_len {half}", {"seq_len": half})
+    question, layers = patient.question, patient.shape.num_layers
+    field = "depth" if question.layers is None and question.preset is None else "layers"
+    tried = sorted({max(1, layers * n // MOST_DEPTHS) for n in range(1, MOST_DEPTHS)}, reverse=True)
+    for number in tried:
+        found = list(_other_model(patient, f"{field} {number}", {field: number}))
+        if found:
+            yield found[0]
+            return
+
+
+def _other_model(patient: Patient, change: str, changes: dict[str, Any]) -> Iterator[Mend]:
+    made = _asked(patient, **changes)
+    if made is None or not isinstance(made.recipe, TrainingRecipe):
+        return
+    batch = made.recipe.device_batch_size
+    whole = {**changes, "device_batch_size": batch, "grad_accum_steps": None}
+    question = msgspec.structs.replace(patient.question, **whole)
+    if find_stack(made.stack).version is None:
+        command = _train_command(question, patient.run)
+    else:
+        automatic = automatic_batch_tokens(question, made.shape)
+        command = run_command(question, made.shape, made.recipe, automatic)
+    yield _planned(patient, made, f"{change}, device_batch_size {batch}", "model", command)
+
+
+def _larger_card(patient: Patient) -> Iterator[Mend]:
+    """The smallest card of the catalogue that holds the run as it was."""
+    needed = patient.memory.process_bytes.high + patient.slip_bytes
+    least = patient.machine.gpu.capability or (0, 0)
+    cards = [
+        card
+        for card in catalogue().values()
+        if card.usable_bytes >= needed and (card.capability or (0, 0)) >= least
+    ]
+    if not cards:
+        return
+    card = min(cards, key=lambda card: card.usable_bytes)
+    yield Mend(
+        change=f"the same on the {card.name}, {gib(card.usable_bytes)}",
+        kind="machine",
+        command=command_line(patient.question, gpu=card.id),
+        process_bytes=needed,
+        fits=True,
+    )
+
+
+def _planned(patient: Patient, made: Plan, change: str, kind: Kind, command: str) -> Mend:
+    needed = made.memory.process_bytes.high + patient.slip_bytes
+    before = patient.memory.process_bytes.high + patient.slip_bytes
+    return Mend(
+        change=change,
+        kind=kind,
+        command=command,
+        saves_bytes=before - needed,
+        process_bytes=needed,
+        fits=made.fits,
+    )

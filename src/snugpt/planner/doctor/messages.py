@@ -1,0 +1,164 @@
+"""Messages of PyTorch, torchrun, the kernel and loops, as events.
+
+Where the formats of a message were read is said at each; tests/planner/reports.py has real ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from snugpt.planner.doctor.memory_message import OUT_OF_MEMORY, out_of_memory
+from snugpt.planner.doctor.place import place_of
+from snugpt.planner.doctor.reading import Line
+from snugpt.planner.doctor.report import (
+    BackwardTwice,
+    CollectiveTimeout,
+    Event,
+    Killed,
+    NoKernels,
+    NotANumber,
+    SharedMemory,
+)
+from snugpt.units import KIB
+
+MOST_EVENTS = 256
+BACKWARD_TWICE = "Trying to backward through the graph a second time"
+# A step's line: nanochat ("step 00012/05000 (0.24%) | loss: 3.2"), nanoGPT ("iter 3010: loss nan"),
+# snugpt ("step    12/500  loss 3.241"), modded-nanogpt ("step:12/500 train_loss:...").
+STEP = re.compile(
+    r"\b(?:step|iter|iteration)\b[ :=]{1,8}(\d{1,12})(?:/(\d{1,12}))?(?![\d.]).{0,40}?loss",
+    re.IGNORECASE,
+)
+_LOSS = re.compile(
+    r"\b(?:(?:train|val|validation|test|smooth|eval)[ _/])?(loss|bpb|perplexity|grad[ _]norm)['\"]?"
+    r"\s{0,3}(?:is|[:=])?\s{0,3}(?:tensor\()?"
+    r"([+-]?(?:nan|inf(?:inity)?|\d{1,12}(?:\.\d{0,20})?(?:e[+-]?\d{1,3})?))(?![\w.])",
+    re.IGNORECASE,
+)
+# SIGKILL: torchrun's table and its line, shells, Docker, Slurm, and the kernel's own report
+# (https://github.com/lzhxmu/CPPO/issues/6, https://github.com/hpcaitech/ColossalAI/issues/3514,
+# https://github.com/chenhsuanlin/spatial-transformer-GAN/issues/35); Slurm's and the kernel's from
+# memory.
+_KILLED = re.compile(
+    r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|signals?\.SIGKILL|OOMKilled|oom[-_]kill"
+    r"|\bexit(?:ed)?(?: with)?(?: status)?(?: code)?[ :=]{1,3}137\b|status code 137\b"
+    r"|Out of memory: Kill(?:ed)? process|killed by signal: Killed"
+    r"|^\s*(?:\S{1,200}: line \d{1,6}:\s{1,4})?(?:\d{1,9}\s{1,4})?Killed(?:\s|$)"
+)
+_PROVEN = re.compile(r"OOMKilled|oom[-_]kill|Out of memory: Kill(?:ed)? process")
+_RESIDENT = re.compile(r"anon-rss:(\d{1,15})kB")
+_TABLE_RANK = re.compile(r"^\s*rank\s*:\s*(\d{1,5})")
+_LOCAL_RANK = re.compile(r"local_rank: (\d{1,5})")
+_SHARED = re.compile(
+    r"insufficient shared memory \(shm\)|workers are out of shared memory"
+    r"|unable to (?:open|allocate) shared memory"
+)
+# https://github.com/XPixelGroup/BasicSR/issues/737, https://github.com/pytorch/pytorch/issues/118369
+_TIMEOUT = re.compile(
+    r"(?:\[Rank (\d{1,5})\])?\s*Watchdog caught collective operation timeout: "
+    r"WorkNCCL\(SeqNum=(\d{1,15}), OpType=(\w{1,40}),.{0,200}?Timeout\(ms\)=(\d{1,15})"
+)
+# https://github.com/pytorch/pytorch/issues/52736, https://github.com/Nerogar/OneTrainer/issues/755
+_NO_KERNELS = re.compile(
+    r"no kernel image is available for execution"
+    r"|with CUDA capability sm_(\d{1,3}) is not compatible"
+)
+_CARD = re.compile(r"([\w .-]{2,60}) with CUDA capability sm_\d")
+# Nothing else is looked at: every pattern needs one of these words in its line.
+_ANY = re.compile(
+    r"memory|ALLOC_FAILED|second time|kill|exit|137|watchdog|kernel image|capability sm_"
+    r"|loss|bpb|norm|perplexity",
+    re.IGNORECASE,
+)
+
+
+def events_in(lines: Sequence[Line]) -> tuple[Event, ...]:
+    """Return the failures that a log shows, in its order."""
+    found: list[Event] = []
+    loss = _LossWatch()
+    for at, line in enumerate(lines):
+        if not _ANY.search(line.text):
+            continue
+        event = _event(lines, at) or loss.see(at, line)
+        if event is not None and len(found) < MOST_EVENTS:
+            found.append(event)
+    return tuple(found)
+
+
+def _event(lines: Sequence[Line], at: int) -> Event | None:
+    text, rank = lines[at]
+    if OUT_OF_MEMORY.search(text) and not _PROVEN.search(text):
+        return out_of_memory(lines, at)
+    if BACKWARD_TWICE in text:
+        return BackwardTwice(line=at, rank=rank, place=place_of(lines, at))
+    timeout = _TIMEOUT.search(text)
+    if timeout:
+        who = int(timeout[1]) if timeout[1] else rank
+        return CollectiveTimeout(
+            line=at,
+            rank=who,
+            ranks=() if who is None else (who,),
+            operation=timeout[3],
+            timeout_s=int(timeout[4]) / 1000,
+            sequence=() if who is None else ((who, int(timeout[2])),),
+        )
+    if _SHARED.search(text):
+        return SharedMemory(line=at, rank=rank)
+    if _KILLED.search(text):
+        return _killed(lines, at)
+    kernels = _NO_KERNELS.search(text)
+    return _no_kernels(text, at, rank, kernels[1]) if kernels else None
+
+
+def _killed(lines: Sequence[Line], at: int) -> Killed:
+    text, rank = lines[at]
+    resident = _RESIDENT.search(text)
+    if rank is None:  # torchrun's table has the rank on the line before
+        above = "\n".join(line.text for line in lines[max(0, at - 3) : at])
+        named = _LOCAL_RANK.search(text) or _TABLE_RANK.search(above.rpartition("\n")[2])
+        rank = int(named[1]) if named else None
+    return Killed(
+        line=at,
+        rank=rank,
+        proven=bool(_PROVEN.search(text)),
+        resident_bytes=int(resident[1]) * KIB if resident else None,
+        text=text.strip()[:100],
+    )
+
+
+def _no_kernels(text: str, at: int, rank: int | None, digits: str | None) -> NoKernels:
+    card = _CARD.search(text)
+    return NoKernels(
+        line=at,
+        rank=rank,
+        card=card[1].strip() if card else None,
+        capability=(int(digits) // 10, int(digits) % 10) if digits else None,
+    )
+
+
+class _LossWatch:
+    """Sees the losses go by; the first that is no number is an event, later ones are the same."""
+
+    def __init__(self) -> None:
+        self.last_finite: float | None = None
+        self.step: int | None = None
+        self.seen = False
+
+    def see(self, at: int, line: Line) -> NotANumber | None:
+        """Return the event of a line, if it is the first with a loss that is no number."""
+        step = STEP.search(line.text)
+        self.step = int(step[1]) if step else self.step
+        for named, value in _LOSS.findall(line.text):
+            number = float(value)
+            if math.isfinite(number):
+                if named.lower() == "loss":
+                    self.last_finite = number
+            elif not self.seen:
+                self.seen = True
+                return NotANumber(
+                    line=at, rank=line.rank, what=named.lower(), value=value.lower(),
+                    step=self.step, last_finite=self.last_finite,
+                )  # fmt: skip
+        return None
