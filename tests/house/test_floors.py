@@ -104,7 +104,13 @@ def test_floors_0_to_3_import_without_torch() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["plan", "--gpu", "rtx-4090", "--depth", "4"], ["plan", "--json"], ["gpus"]],
+    [
+        ["--help"],
+        ["plan", "--gpu", "rtx-4090", "--depth", "4"],
+        ["plan", "--json"],
+        ["gpus"],
+        ["doctor"],
+    ],
     ids=" ".join,
 )
 def test_the_planning_commands_leave_torch_alone(arguments: list[str], tmp_path: Path) -> None:

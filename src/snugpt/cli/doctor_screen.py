@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from snugpt.cli.screen import LABEL, colour, row
+from snugpt.cli.screen import COLUMNS, LABEL, colour, row
 from snugpt.planner.doctor.examine import Finding
 from snugpt.planner.doctor.machine_checks import MachineReport, Status
 from snugpt.planner.doctor.mends import Mend
@@ -18,6 +18,7 @@ KINDS = {
     "inexact": "changes the arithmetic",
     "model": "another model",
     "machine": "another card",
+    "program": "another program",
 }
 MARKS: dict[Status, str] = {"ok": "", "warning": "warning: ", "missing": "missing: "}
 STYLES: dict[Status, dict[str, Any]] = {
@@ -109,12 +110,25 @@ def _verdict(mend: Mend) -> str:
 def _command(command: str) -> Iterator[str]:
     """A command that can be copied: its words on lines that end in a backslash."""
     line = " " * LABEL
-    for word in _quoted_words(command):
-        if len(line) > LABEL and len(line) + len(word) + 3 > 79:
+    for part in _parts(command):
+        if len(line) > LABEL + 2 and len(line) + len(part) + 2 > COLUMNS:
             yield line.rstrip() + " \\"
             line = " " * (LABEL + 2)
-        line += word + " "
+        line += part + " "
     yield line.rstrip()
+
+
+def _parts(command: str) -> list[str]:
+    """What must stay on one line: a word, or a flag with its value."""
+    parts: list[str] = []
+    flag = False
+    for word in _quoted_words(command):
+        if flag and not word.startswith("-"):
+            parts[-1] += " " + word
+        else:
+            parts.append(word)
+        flag = word.startswith("-") and "=" not in word and word != "--"
+    return parts
 
 
 def _quoted_words(command: str) -> Iterator[str]:

@@ -71,11 +71,11 @@ def cause_of(event: OutOfMemory) -> Cause:
         return "unknown"
     if tried > capacity:
         return "too_large"
-    if event.limit_bytes is not None and (reserved or 0) + tried > event.limit_bytes:
-        return "limited"
     if free is None:
         return "full"
     if tried <= free:
+        if event.limit_bytes is not None:
+            return "limited"
         return "unexplained"
     if tried <= free + cached:
         return "fragmented"

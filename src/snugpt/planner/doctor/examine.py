@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 
-from snugpt.errors import SnugError
+from snugpt.errors import BadQuestionError, SnugError
 from snugpt.planner.doctor.advice import first_mends, general_mends
+from snugpt.planner.doctor.counterpart import in_snugpt
 from snugpt.planner.doctor.diagnosis import cause_of, main_event, what_happened, what_held, why
 from snugpt.planner.doctor.mends import Mend, Patient, patient_of, planned_mends
 from snugpt.planner.doctor.messages import events_in
-from snugpt.planner.doctor.program import ProgramRun, program_of, run_folder_of
+from snugpt.planner.doctor.program import ProgramRun, plan_places, program_of
 from snugpt.planner.doctor.reading import LogText, Progress, plain, read_log
 from snugpt.planner.doctor.report import Event, Killed, NotANumber, OutOfMemory
+from snugpt.spec.measurement import measurement_from_json
 from snugpt.spec.plan import Plan, read_plan
 from snugpt.units import gib
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
+MEASUREMENT_FILE = "measurement.json"
 LOG_NAMES = ("run.log", "train.log", "log.txt", "stderr", "metrics.jsonl")
 MOST_MENDS = 6
 
@@ -48,10 +52,15 @@ def examine(path: Path, gpu: str | None = None, progress: Progress = lambda shar
     Raises:
         BadQuestionError: there is no such log or card, or it is no text.
     """
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        path = next((path / name for name in LOG_NAMES if (path / name).is_file()), path)
-    return examine_text(read_log(path, progress), str(path), folder, gpu)
+    if not os.path.isdir(path):  # False, not an error, for what no file can be named
+        return examine_text(read_log(path, progress), str(path), path.parent, gpu)
+    logs = [path / name for name in LOG_NAMES if (path / name).is_file()]
+    if not logs and not (path / PLAN_FILE).is_file():
+        raise BadQuestionError(
+            f"log {str(path)!r} is a folder without a plan or a log", hint=f"ls {path}"
+        )
+    log = read_log(logs[0], progress) if logs else LogText((), 0, whole=True)
+    return examine_text(log, str(logs[0] if logs else path), path, gpu)
 
 
 def examine_text(
@@ -59,14 +68,16 @@ def examine_text(
 ) -> Finding:
     """Return what is found in the lines of a log; a plan.json in `folder` is of its run."""
     events = events_in(log.lines)
-    event = main_event(events)
-    plan = _plan_of(log, folder)
+    run_folder, plan = _plan_of(log, folder)
+    event = _with_measurement(main_event(events), run_folder, plan)
+    if event is not None and not events:
+        events = (event,)
     until = event.line if event is not None else len(log.lines)
     run = program_of(log.lines, until, plan)
     if event is None:
         return Finding(log=plain(name), recognised=False, program=run.name)
     patient = patient_of(run, event, gpu) if _is_about_memory(event, run) else None
-    mends = (*first_mends(event, run), *_mends(event, run, patient))
+    mends = (*first_mends(event, run), *_mends(event, run, patient, gpu))
     return Finding(
         log=plain(name),
         recognised=True,
@@ -91,25 +102,58 @@ def _is_about_memory(event: Event, run: ProgramRun) -> bool:
     return isinstance(event, Killed) and on_cpu
 
 
-def _mends(event: Event, run: ProgramRun, patient: Patient | None) -> tuple[Mend, ...]:
+def _mends(
+    event: Event, run: ProgramRun, patient: Patient | None, gpu: str | None
+) -> tuple[Mend, ...]:
     planned = () if patient is None else planned_mends(patient)
-    return planned or general_mends(event, run)
+    if planned:
+        return planned
+    mends = general_mends(event, run)
+    if not isinstance(event, OutOfMemory):
+        return mends
+    return (*mends[:1], *in_snugpt(run, event, gpu), *mends[1:])
 
 
-def _plan_of(log: LogText, folder: Path | None) -> Plan | None:
-    """The plan of a run of snugpt: in the folder it says it writes to, or beside the log."""
-    said = run_folder_of(log.lines)
-    places = [Path(said)] if said is not None else []
+def _plan_of(log: LogText, folder: Path | None) -> tuple[Path | None, Plan | None]:
+    """The folder and plan of a run of snugpt: where it says it writes to, or beside the log."""
+    said, named = plan_places(log.lines)
+    places = [Path(said) / PLAN_FILE] if said is not None else []
     if folder is not None:
-        places += [folder / said] if said is not None else []
-        places.append(folder)
+        places += [folder / said / PLAN_FILE] if said is not None else []
+        places.append(folder / PLAN_FILE)
+    if named is not None:
+        places += [Path(named)] + ([folder / named] if folder is not None else [])
     for place in places:
         try:
-            if (place / PLAN_FILE).is_file():
-                return read_plan(place / PLAN_FILE)
+            if place.is_file():
+                return place.parent, read_plan(place)
         except (SnugError, OSError, ValueError):  # damaged, or no path at all
             continue
-    return None
+    return None, None
+
+
+def _with_measurement(event: Event | None, folder: Path | None, plan: Plan | None) -> Event | None:
+    """A run of snugpt that ran out of memory says so in one line, and measures what it held."""
+    if folder is None or plan is None:
+        return event
+    bare = isinstance(event, OutOfMemory) and event.tried_bytes is None
+    if event is not None and not bare:
+        return event
+    try:
+        found = measurement_from_json((folder / MEASUREMENT_FILE).read_bytes())
+    except (SnugError, OSError, ValueError):
+        return event
+    if found.outcome != "oom":
+        return event
+    allocated, reserved = found.allocated_bytes, found.reserved_bytes
+    cached = None if allocated is None or reserved is None else max(0, reserved - allocated)
+    return OutOfMemory(
+        backend="cpu" if plan.gpu.backend == "cpu" else "cuda",
+        line=0 if event is None else event.line,
+        allocated_bytes=allocated,
+        cached_bytes=cached,
+        process_bytes=found.process_bytes,
+    )
 
 
 def _notes(event: Event, run: ProgramRun, patient: Patient | None, log: LogText) -> list[str]:
@@ -130,7 +174,9 @@ def _notes(event: Event, run: ProgramRun, patient: Patient | None, log: LogText)
     elif isinstance(event, OutOfMemory) and event.backend != "cpu" and run.question is not None:
         notes.append("the card is not in the log: with --gpu CARD the mends are checked")
     if patient is None and isinstance(event, OutOfMemory | Killed):
-        notes.append("the mends are not checked: no plan of ours stands for this program")
+        notes.append(
+            "what says nothing of fitting is not checked: no plan of ours stands for this program"
+        )
     if isinstance(event, NotANumber) and run.plan is not None:
         notes.append("its checkpoints from before are kept")
     return notes

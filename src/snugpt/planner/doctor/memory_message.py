@@ -16,16 +16,16 @@ from collections.abc import Sequence
 
 from snugpt.planner.doctor.place import place_of
 from snugpt.planner.doctor.reading import Line
-from snugpt.planner.doctor.report import Backend, OutOfMemory, ProcessUse
+from snugpt.planner.doctor.report import Backend, OutOfMemory, Place, ProcessUse
 from snugpt.units import GIB, KIB, MIB
 
-MOST_LINES = 4  # over which a terminal wraps a message
+MOST_LINES = 12  # over which a terminal wraps a message
 LARGEST_SIZE = 2**62
 # A process that is not said to be this one is, if it holds what the allocator does and the context.
 OUTSIDE_PYTORCH_BYTES = 2 * GIB
 OUT_OF_MEMORY = re.compile(
-    r"\b(CUDA|HIP|XPU|MPS backend)(?: error:)? out of memory"
-    r"|DefaultCPUAllocator: (?:not enough|can't allocate) memory"
+    r"\b(CUDA|HIP|XPU|MPS backend)(?: error:)? out(?: of(?: memory|\s*$)|\s*$)"
+    r"|DefaultCPUAllocator\b"
     r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
     r"|^\s*(?:numpy\S*\.)?(?:_ArrayMemoryError|MemoryError)\b"
     # snugpt's own line
@@ -37,12 +37,13 @@ _BACKENDS: dict[str, Backend] = {"cuda": "cuda", "hip": "hip", "xpu": "xpu", "mp
 # https://github.com/haoheliu/AudioLDM2/issues/20 and "18.13 GiB" in
 # https://github.com/Comfy-Org/ComfyUI/issues/8984.
 _UNITS = {"bytes": 1, "byte": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1024 * GIB,
-          "kb": KIB, "mb": MIB, "gb": GIB}  # fmt: skip
-_SIZE = r"(\d{1,20}(?:\.\d{1,6})?) ?(bytes?|[KMGT]i?B|B)\b"
+          "kb": KIB, "mb": MIB, "gb": GIB, "tb": 1024 * GIB}  # fmt: skip
+_SIZE = r"(\d{1,20}(?:\.\d{1,6})?)(bytes?|[KMGT]i?B)"
 
 
 def _sized(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern.replace("SIZE", _SIZE), re.IGNORECASE)
+    """A pattern without its spaces: a terminal that wraps takes some out and puts others in."""
+    return re.compile(pattern.replace(" ", "").replace("SIZE", _SIZE), re.IGNORECASE)
 
 
 _TRIED = _sized(r"(?:Tried to allocate|tried to allocate|Unable to allocate) SIZE")
@@ -57,24 +58,25 @@ _THIS = _sized(r"this process has SIZE memory in use")
 _PROCESS = _sized(r"Process (\d{1,10}) has SIZE memory in use")
 _ELSEWHERE = _sized(r"other allocations: SIZE")
 _LIMIT = _sized(r"SIZE allowed;")
-_DEVICE = re.compile(r"\bGPU (\d{1,4})\b")
+_DEVICE = re.compile(r"GPU(\d{1,4})(?!\d)")
 _VARIABLE = re.compile(r"PYTORCH_(?:CUDA_|HIP_)?ALLOC_CONF")
 _NEXT = re.compile(r"out of memory|Traceback \(|^\s*File \"", re.IGNORECASE)
 
 
 def out_of_memory(lines: Sequence[Line], at: int) -> OutOfMemory:
     """Return the report whose first line is `lines[at]`."""
-    text, rank = _message(lines, at), lines[at].rank
-    head = OUT_OF_MEMORY.search(lines[at].text)
+    text = "".join("".join(_message(lines, at)).split())
+    return _read(text, lines[at], at, place_of(lines, at))
+
+
+def _read(text: str, first: Line, at: int, place: Place) -> OutOfMemory:
+    head = OUT_OF_MEMORY.search(first.text)
     named = (head[1] or "").lower() if head else ""
     backend = _BACKENDS.get(named, "cuda" if head and "_STATUS_" in head[0] else "cpu")
     if head and "device_batch_size" in head[0]:
         backend = "cuda"  # snugpt says it of either; its plan knows
-    allocated, cached, reserved = (
-        _size(_ALLOCATED, text),
-        _size(_CACHED, text),
-        _size(_RESERVED, text),
-    )
+    allocated, reserved = _size(_ALLOCATED, text), _size(_RESERVED, text)
+    cached = _size(_CACHED, text)
     if cached is None and reserved is not None and allocated is not None:
         cached = max(0, reserved - allocated)
     process, others = _processes(text, allocated, cached)
@@ -87,7 +89,7 @@ def out_of_memory(lines: Sequence[Line], at: int) -> OutOfMemory:
     return OutOfMemory(
         backend=backend,
         line=at,
-        rank=rank,
+        rank=first.rank,
         device=int(device[1]) if device else None,
         tried_bytes=_size(_TRIED, text),
         capacity_bytes=capacity,
@@ -98,25 +100,25 @@ def out_of_memory(lines: Sequence[Line], at: int) -> OutOfMemory:
         others=others,
         limit_bytes=_size(_LIMIT, text),
         setting=_setting(text),
-        place=place_of(lines, at),
+        place=place,
     )
 
 
-def _message(lines: Sequence[Line], at: int) -> str:
-    """The message as one text: its line and those of the same rank that go on with it."""
+def _message(lines: Sequence[Line], at: int) -> list[str]:
+    """The message's line and those of the same rank that go on with it."""
     rank, parts = lines[at].rank, [lines[at].text]
-    for line in lines[at + 1 : at + 4 * MOST_LINES]:
+    for line in lines[at + 1 : at + 8 * MOST_LINES]:
         if line.rank != rank:
             continue
         if _NEXT.search(line.text) or len(parts) == MOST_LINES:
             break
         parts.append(line.text)
-    return " ".join(parts)
+    return parts
 
 
 def _setting(text: str) -> str | None:
     """The allocator's variable against fragmentation, as this version of PyTorch spells it."""
-    if "total capacity; " in text:  # before 2.1 there are no expandable segments
+    if "totalcapacity;" in text:  # before 2.1 there are no expandable segments
         return "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512"
     named = _VARIABLE.search(text)
     return f"{named[0]}=expandable_segments:True" if named else None

@@ -38,7 +38,7 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import gib, plural
 
-Kind = Literal["exact", "inexact", "model", "machine"]
+Kind = Literal["exact", "inexact", "model", "machine", "program"]
 SAME_CAPACITY_SHARE = 0.003  # drivers keep a little more or less for themselves
 MOST_DEPTHS = 8
 EXACT_LEVERS = ("loss", "offload")

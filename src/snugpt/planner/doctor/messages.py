@@ -67,9 +67,10 @@ _NO_KERNELS = re.compile(
 )
 _CARD = re.compile(r"([\w .-]{2,60}) with CUDA capability sm_\d")
 # Nothing else is looked at: every pattern needs one of these words in its line.
-_ANY = re.compile(
-    r"memory|ALLOC_FAILED|second time|kill|exit|137|watchdog|kernel image|capability sm_"
-    r"|loss|bpb|norm|perplexity",
+_NUMBERS = re.compile(r"loss|bpb|norm|perplexity", re.IGNORECASE)
+_FAILURES = re.compile(
+    r"memory|out of|out$|DefaultCPU|ALLOC_FAILED|second time|kill|exit|137|watchdog|kernel image"
+    r"|capability sm_",
     re.IGNORECASE,
 )
 
@@ -79,9 +80,9 @@ def events_in(lines: Sequence[Line]) -> tuple[Event, ...]:
     found: list[Event] = []
     loss = _LossWatch()
     for at, line in enumerate(lines):
-        if not _ANY.search(line.text):
-            continue
-        event = _event(lines, at) or loss.see(at, line)
+        event = _event(lines, at) if _FAILURES.search(line.text) else None
+        if event is None and _NUMBERS.search(line.text):
+            event = loss.see(at, line)
         if event is not None and len(found) < MOST_EVENTS:
             found.append(event)
     return tuple(found)

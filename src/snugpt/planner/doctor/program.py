@@ -104,9 +104,8 @@ def program_of(lines: Sequence[Line], until: int, plan: Plan | None = None) -> P
         return ProgramRun(name="snugpt", question=plan.question, plan=plan, run=run, **common)
     if words and _is_snugpt(words):
         fields = dict(_flags(words))
-        return ProgramRun(
-            name="snugpt", question=_question(fields), run=run, fields=fields, **common
-        )
+        question = None if plan_file_of(words) else _question(fields)
+        return ProgramRun(name="snugpt", question=question, run=run, fields=fields, **common)
     if _is_nanochat(texts, words):
         return _nanochat(texts, common)
     if _is_nanogpt(texts, words):
@@ -115,9 +114,17 @@ def program_of(lines: Sequence[Line], until: int, plan: Plan | None = None) -> P
     return ProgramRun(name="other", fields=dict(_flags(words)), **common)
 
 
-def run_folder_of(lines: Sequence[Line]) -> str | None:
-    """The folder that a run of snugpt said it writes to."""
-    return next((found[1].strip() for line in lines if (found := _RUN.match(line.text))), None)
+def plan_places(lines: Sequence[Line]) -> tuple[str | None, str | None]:
+    """The folder that a run of snugpt said it writes to, and the plan that its command names."""
+    texts = [line.text for line in lines]
+    folder = next((found[1].strip() for text in texts if (found := _RUN.match(text))), None)
+    words = _command(texts) if folder is not None else ()
+    return folder, plan_file_of(words)
+
+
+def plan_file_of(words: Sequence[str]) -> str | None:
+    """The plan.json among the words of a command of snugpt."""
+    return next((word for word in words if word.endswith(".json") and word[0] != "-"), None)
 
 
 def _says_dtype(text: str) -> bool:

@@ -33,15 +33,18 @@ PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"
 HINT = "python train.py 2>&1 | tee run.log, then snugpt doctor run.log"
 _ESCAPES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, cursor
-    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links
-    r"|\x1b[PX^_][^\x1b]*(?:\x1b\\)?"  # strings meant for the terminal itself
+    r"|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)?"  # titles, links
+    r"|\x1b[PX^_][^\x1b\n]*(?:\x1b\\)?"  # strings meant for the terminal itself
     r"|\x1b[ -/]*[0-~]?"
 )
-# Control characters, and those that turn or hide text.
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-_BREAKS = re.compile(r"\r\n|\n|\r|\u2028|\u2029")
+# Control characters but for tab and line end, and those that turn or hide text.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+)
+_BREAKS = re.compile(r"\r\n?|\u2028|\u2029|\x85")
 _RANK = re.compile(r"^\s*(?:\[\d{1,7}\]\s*)?\[(?:rank|default)(\d{1,5})\]:?\s?")
 _ESCAPED_BREAK = re.compile(r"\\r\\n|\\n")
+FEW_NULS = 16  # a power cut leaves some
 _LARGEST_NUL_SHARE, _LARGEST_ODD_SHARE = 0.01, 0.3
 
 Progress = Callable[[float], None]  # the share that is read
@@ -162,23 +165,31 @@ def _is_binary(sample: str) -> bool:
     """Whether a text has the zeros and the broken characters of something that is none."""
     odd = sum(character in "\ufffd\x01\x02\x03\x04\x05\x06\x0e\x0f\x10" for character in sample)
     nuls = sample.count("\0")
-    return nuls > _LARGEST_NUL_SHARE * len(sample) or odd > _LARGEST_ODD_SHARE * len(sample)
+    return nuls > max(FEW_NULS, _LARGEST_NUL_SHARE * len(sample)) or odd > _LARGEST_ODD_SHARE * len(
+        sample
+    )
 
 
 def _lines(text: str) -> list[Line]:
     found = []
-    for raw in _BREAKS.split(text):
+    for raw in _seen(_BREAKS.sub("\n", text)).split("\n"):
         if not raw or raw.isspace():
             continue
         # A log that is written as JSON has a whole traceback in one line.
         pieces = _ESCAPED_BREAK.split(raw) if "Traceback" in raw and "\\n" in raw else (raw,)
         for piece in pieces:
-            clean = plain(piece[: 2 * LONGEST_LINE])
-            rank = _RANK.match(clean)
-            found.append(Line(clean[rank.end() :], int(rank[1])) if rank else Line(clean, None))
+            cut = piece[:LONGEST_LINE].rstrip()
+            rank = _RANK.match(cut) if "[rank" in cut or "[default" in cut else None
+            found.append(Line(cut[rank.end() :], int(rank[1])) if rank else Line(cut, None))
     return found
 
 
 def plain(text: str) -> str:
-    """Return text without terminal codes and control characters, cut to the longest line."""
-    return _UNSEEN.sub("", _ESCAPES.sub("", text))[:LONGEST_LINE].rstrip()
+    """Return one line of text without terminal codes and control characters, cut to a length."""
+    return _seen(text).replace("\n", " ")[:LONGEST_LINE].rstrip()
+
+
+def _seen(text: str) -> str:
+    """Text without what a terminal would act on; tabs are spaces, lines stay."""
+    codeless = _ESCAPES.sub("", text) if "\x1b" in text else text
+    return _UNSEEN.sub("", codeless.replace("\t", " "))
