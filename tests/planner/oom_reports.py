@@ -53,6 +53,14 @@ REPORTS: dict[str, Report] = {
         {"free_bytes": 0, "capacity_bytes": 8 * GIB, "allocated_bytes": round(17.2 * GIB)},
         "spilled",
     ),
+    # https://github.com/huggingface/meshgen/issues/7
+    "2.5 on Windows, spilled": Report(
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1002.00 MiB. GPU 0 has a"
+        " total capacity of 8.00 GiB of which 0 bytes is free. Of the allocated memory 13.98 GiB is"
+        " allocated by PyTorch, and 129.48 MiB is reserved by PyTorch but unallocated.",
+        {"tried_bytes": 1002 * MIB, "free_bytes": 0},
+        "spilled",
+    ),
     # https://github.com/kerrj/lerf/issues/73 ("capacty" is PyTorch 2.1's and 2.2's)
     "2.1, fragmented": Report(
         "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a"

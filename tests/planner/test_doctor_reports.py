@@ -79,6 +79,15 @@ def test_a_process_that_holds_what_the_allocator_does_is_this_one() -> None:
     assert report_of(REPORTS["2.1, in a container"].text).others == ()
 
 
+def test_of_two_that_hold_as_much_the_nearer_is_this_one() -> None:
+    text = REPORTS["2.1, in a container"].text.replace(
+        "Process 20398", "Process 1 has 14.90 GiB memory in use. Process 20398"
+    )
+    event = report_of(text)
+    assert event.process_bytes == round(14.52 * GIB)
+    assert [use.pid for use in event.others] == [1]
+
+
 def test_memory_that_nobody_names_is_others() -> None:
     event = report_of(REPORTS["2.5, others unnamed"].text)
     assert 2.7 * GIB < hidden_bytes(event) < 2.8 * GIB
@@ -214,8 +223,10 @@ def test_the_rank_that_did_not_come_is_named() -> None:
 
 
 def test_a_rank_that_is_behind_is_named() -> None:
+    # Each rank's watchdog reports everything that it waits for, in any order.
     behind = TIMEOUT.replace("SeqNum=808", "SeqNum=806", 1)
-    assert "rank 1 is behind" in found(behind).why
+    later = TIMEOUT.splitlines()[0].replace("SeqNum=808", "SeqNum=811")
+    assert "rank 1 is behind: it waits in collective 806" in found(f"{later}\n{behind}{later}").why
 
 
 def test_who_is_out_of_memory_comes_before_who_waited_and_who_was_killed() -> None:

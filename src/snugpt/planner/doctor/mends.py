@@ -179,9 +179,9 @@ def planned_mends(patient: Patient) -> tuple[Mend, ...]:
     return (*together, *inexact, *_smaller_models(patient), *_larger_card(patient), *exact[:1])
 
 
-def _rank(mend: Mend) -> tuple[bool, float, int]:
-    """What fits first, then the fastest, then what saves most."""
-    return not mend.fits, round(mend.time_factor or 1.0, 2), -(mend.saves_bytes or 0)
+def _rank(mend: Mend) -> tuple[float, int]:
+    """The fastest first, of those what saves most."""
+    return round(mend.time_factor or 1.0, 2), -(mend.saves_bytes or 0)
 
 
 def _exact(patient: Patient) -> Iterator[Mend]:

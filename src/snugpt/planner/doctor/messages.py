@@ -66,23 +66,27 @@ _NO_KERNELS = re.compile(
     r"|with CUDA capability sm_(\d{1,3}) is not compatible"
 )
 _CARD = re.compile(r"([\w .-]{2,60}) with CUDA capability sm_\d")
-# Nothing else is looked at: every pattern needs one of these words in its line.
-_NUMBERS = re.compile(r"loss|bpb|norm|perplexity", re.IGNORECASE)
-_FAILURES = re.compile(
-    r"memory|out of|out$|DefaultCPU|ALLOC_FAILED|second time|kill|exit|137|watchdog|kernel image"
-    r"|capability sm_",
-    re.IGNORECASE,
-)
+# Nothing else is looked at: every pattern needs one of these words in its line, in any case.
+FAILURES = (
+    "memory", "out of", "defaultcpu", "alloc_failed", "second time", "kill", "exit", "137",
+    "watchdog", "kernel image", "capability sm_",
+)  # fmt: skip
+ODD_NUMBERS = ("nan", "inf")
+MOST_LINES_BACK = 5000  # from a loss that is no number to the last that was
 
 
 def events_in(lines: Sequence[Line]) -> tuple[Event, ...]:
-    """Return the failures that a log shows, in its order."""
+    """Return the failures that a log shows, in its order; of losses the first that is no number."""
     found: list[Event] = []
-    loss = _LossWatch()
+    diverged = False
     for at, line in enumerate(lines):
-        event = _event(lines, at) if _FAILURES.search(line.text) else None
-        if event is None and _NUMBERS.search(line.text):
-            event = loss.see(at, line)
+        low = line.text.lower()
+        event: Event | None = None
+        if any(word in low for word in FAILURES) or low.endswith("out"):
+            event = _event(lines, at)
+        if event is None and not diverged and any(word in low for word in ODD_NUMBERS):
+            event = _not_a_number(lines, at)
+            diverged = event is not None
         if event is not None and len(found) < MOST_EVENTS:
             found.append(event)
     return tuple(found)
@@ -139,27 +143,36 @@ def _no_kernels(text: str, at: int, rank: int | None, digits: str | None) -> NoK
     )
 
 
-class _LossWatch:
-    """Sees the losses go by; the first that is no number is an event, later ones are the same."""
-
-    def __init__(self) -> None:
-        self.last_finite: float | None = None
-        self.step: int | None = None
-        self.seen = False
-
-    def see(self, at: int, line: Line) -> NotANumber | None:
-        """Return the event of a line, if it is the first with a loss that is no number."""
-        step = STEP.search(line.text)
-        self.step = int(step[1]) if step else self.step
-        for named, value in _LOSS.findall(line.text):
-            number = float(value)
-            if math.isfinite(number):
-                if named.lower() == "loss":
-                    self.last_finite = number
-            elif not self.seen:
-                self.seen = True
-                return NotANumber(
-                    line=at, rank=line.rank, what=named.lower(), value=value.lower(),
-                    step=self.step, last_finite=self.last_finite,
-                )  # fmt: skip
+def _not_a_number(lines: Sequence[Line], at: int) -> NotANumber | None:
+    """The event of a line whose loss is no number, with the step and the last loss that was one."""
+    odd = [(name, value) for name, value in _LOSS.findall(lines[at].text) if not _is_finite(value)]
+    if not odd:
         return None
+    step, last = None, None
+    for line in reversed(lines[max(0, at - MOST_LINES_BACK) : at + 1]):
+        low = line.text.lower()
+        if "loss" not in low:
+            continue
+        numbered = STEP.search(line.text)
+        step = int(numbered[1]) if step is None and numbered else step
+        finite = [
+            float(value)
+            for name, value in _LOSS.findall(line.text)
+            if name.lower() == "loss" and _is_finite(value)
+        ]
+        if finite:
+            last = finite[-1]
+            break
+    name, value = odd[0]
+    return NotANumber(
+        line=at,
+        rank=lines[at].rank,
+        what=name.lower(),
+        value=value.lower(),
+        step=step,
+        last_finite=last,
+    )
+
+
+def _is_finite(value: str) -> bool:
+    return math.isfinite(float(value))
