@@ -150,6 +150,37 @@ def test_what_others_hold_is_not_the_run_s(run_folder: Path) -> None:
     assert alone.capacity_bytes - shared.capacity_bytes == 4 * GIB
 
 
+def test_what_was_left_to_others_is_taken_once(tmp_path: Path) -> None:
+    made = make_plan(gpu="rtx-3060", depth=12, device_batch_size=8, reserve=GIB)
+    (tmp_path / "plan.json").write_bytes(encode_plan(made))
+    capacity = round(11.63 * GIB)
+    alone, beside = FULL.format(allocated="3.00"), beside_another(FULL.format(allocated="3.00"))
+    assert patient(alone, tmp_path).capacity_bytes == capacity - GIB
+    assert patient(beside, tmp_path).capacity_bytes == capacity - 4 * GIB
+    bare = "CUDA out of memory. Tried to allocate 1.00 GiB."
+    assert patient(bare, tmp_path).capacity_bytes == made.memory.capacity_bytes
+
+
+def test_a_run_in_ram_ran_out_of_ram(tmp_path: Path) -> None:
+    made = make_plan(gpu="cpu", layers=2, width=64, heads=2, seq_len=64, device_batch_size=4)
+    (tmp_path / "plan.json").write_bytes(encode_plan(made))
+    (tmp_path / "run.log").write_text("error: out of memory in step 1 with device_batch_size = 4\n")
+    finding = examine(tmp_path)
+    assert finding.happened.startswith("the host ran out of memory")
+    assert any(mend.change.startswith("device_batch_size 2") for mend in finding.mends)
+
+
+def test_the_last_program_of_a_speedrun_is_the_one_that_failed() -> None:
+    start, _, rest = NANOCHAT.partition("[rank2]: Traceback")
+    later = "python -m scripts.chat_sft -- --device-batch-size=8 --run=x\n"
+    failed = ("[rank2]: Traceback" + rest).replace("base_train", "chat_sft")
+    finding = found(start + later + failed + "python -m scripts.base_train -- --depth=4\n")
+    assert finding.program == "nanochat"
+    assert "not chat_sft" in finding.notes[0]
+    assert all(mend.fits is None for mend in finding.mends)
+    assert flags(finding.mends[0].command)["device_batch_size"] == "4"
+
+
 def test_nanochat_s_own_command_is_kept_but_for_the_batch() -> None:
     finding = found(NANOCHAT)
     assert finding.program == "nanochat"

@@ -7,7 +7,7 @@ where the message has them.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from snugpt.errors import SnugError
 from snugpt.planner.doctor.commands import with_flags, with_variable
@@ -249,9 +249,3 @@ def _of_build(event: NoKernels) -> Iterator[Mend]:
 def _whole(value: object) -> int | None:
     text = str(value)
     return int(text) if text.isdecimal() and len(text) < 12 else None
-
-
-def other_kinds(event: Event, events: Sequence[Event]) -> tuple[str, ...]:
-    """The names of what else the log shows."""
-    kinds = dict.fromkeys(type(each).__name__ for each in events)
-    return tuple(kind for kind in kinds if kind != type(event).__name__)

@@ -136,8 +136,10 @@ def _with_measurement(event: Event | None, folder: Path | None, plan: Plan | Non
     """A run of snugpt that ran out of memory says so in one line, and measures what it held."""
     if folder is None or plan is None:
         return event
-    bare = isinstance(event, OutOfMemory) and event.tried_bytes is None
-    if event is not None and not bare:
+    on_cpu = plan.gpu.backend == "cpu"
+    if isinstance(event, OutOfMemory) and event.tried_bytes is None:
+        event = msgspec.structs.replace(event, backend="cpu" if on_cpu else "cuda")
+    elif event is not None:
         return event
     try:
         found = measurement_from_json((folder / MEASUREMENT_FILE).read_bytes())
@@ -148,7 +150,7 @@ def _with_measurement(event: Event | None, folder: Path | None, plan: Plan | Non
     allocated, reserved = found.allocated_bytes, found.reserved_bytes
     cached = None if allocated is None or reserved is None else max(0, reserved - allocated)
     return OutOfMemory(
-        backend="cpu" if plan.gpu.backend == "cpu" else "cuda",
+        backend="cpu" if on_cpu else "cuda",
         line=0 if event is None else event.line,
         allocated_bytes=allocated,
         cached_bytes=cached,

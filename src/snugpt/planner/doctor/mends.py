@@ -73,7 +73,7 @@ class Patient(NamedTuple):
     @property
     def capacity_bytes(self) -> int:
         """What the process could have on the card as it was."""
-        return self.machine.capacity_bytes - self.question.reserve
+        return self.machine.capacity_bytes
 
 
 def patient_of(run: ProgramRun, event: Event, gpu: str | None) -> Patient | None:
@@ -89,9 +89,10 @@ def patient_of(run: ProgramRun, event: Event, gpu: str | None) -> Patient | None
     report = event if isinstance(event, OutOfMemory) else None
     plan = run.plan
     if plan is not None and isinstance(plan.recipe, TrainingRecipe):
-        machine = _as_it_was(
-            Machine(gpu=named or plan.gpu, capacity_bytes=plan.memory.capacity_bytes), report
-        )
+        reserve = plan.question.reserve
+        capacity = plan.memory.capacity_bytes + reserve if named is None else named.usable_bytes
+        machine = Machine(gpu=named or plan.gpu, capacity_bytes=capacity)
+        machine = _as_it_was(machine, report, reserve)
         memory = _predicted(plan.shape, plan.recipe, machine)
         return _patient(plan.question, plan.shape, plan.recipe, machine, memory, run, report)
     if run.question is None or run.question.task != "train":
@@ -102,8 +103,8 @@ def patient_of(run: ProgramRun, event: Event, gpu: str | None) -> Patient | None
     )
     if card is None and run.question.gpu != CPU_ID:
         return None
-    machine = _as_it_was(machine, report)
-    question = msgspec.structs.replace(run.question, gpu=machine.gpu.id, input=None)
+    machine = _as_it_was(machine, report, run.question.reserve)
+    question = msgspec.structs.replace(run.question, gpu=machine.gpu.id, input=None, reserve=0)
     try:
         made = answer(question, machine=machine, num_alternatives=0)
     except SnugError:
@@ -131,13 +132,14 @@ def card_of(run: ProgramRun, event: Event) -> Gpu | None:
     return nearest if apart <= SAME_CAPACITY_SHARE * capacity else None
 
 
-def _as_it_was(machine: Machine, report: OutOfMemory | None) -> Machine:
-    """The machine with the capacity that the message gives, less what others held."""
-    if report is None:
-        return machine
-    capacity = min(machine.capacity_bytes, report.capacity_bytes or machine.capacity_bytes)
-    capacity -= report.others_bytes + hidden_bytes(report)
-    if report.limit_bytes is not None:
+def _as_it_was(machine: Machine, report: OutOfMemory | None, reserve: int) -> Machine:
+    """The machine with the capacity that the message gives, less what others held or were left."""
+    capacity, held = machine.capacity_bytes, 0
+    if report is not None:
+        capacity = min(capacity, report.capacity_bytes or capacity)
+        held = report.others_bytes + hidden_bytes(report)
+    capacity -= max(held, reserve)
+    if report is not None and report.limit_bytes is not None:
         capacity = min(capacity, report.limit_bytes)
     return msgspec.structs.replace(machine, capacity_bytes=max(1, capacity))
 
@@ -294,7 +296,8 @@ def _asked(patient: Patient, **changes: Any) -> Plan | None:
     machine = msgspec.structs.replace(
         patient.machine, capacity_bytes=max(1, patient.machine.capacity_bytes - patient.slip_bytes)
     )
-    free = {"device_batch_size": None, "grad_accum_steps": None, "input": None, **changes}
+    free = dict.fromkeys(("device_batch_size", "grad_accum_steps", "input")) | changes
+    free["reserve"] = 0  # it is taken from the machine already
     if patient.question.input is not None and not patient.question.byte_tokens:
         free["vocab_size"] = patient.shape.vocab_size
     try:

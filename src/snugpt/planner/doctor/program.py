@@ -36,6 +36,7 @@ _MICRO_BATCH = re.compile(r"Tokens / micro-batch / rank: (\d{1,9}) x (\d{1,9}) =
 _WORLD_BATCH = re.compile(r"Tokens / micro-batch: ([\d,]{1,15})")
 _TOTAL_BATCH = re.compile(r"Total batch size ([\d,]{1,15}) => gradient accumulation steps")
 _NANOGPT_TOKENS = re.compile(r"^tokens per iteration will be: ([\d,]{1,15})")
+_SCRIPT = re.compile(r"\bscripts[./](base_\w{1,20}|mid_train|chat_\w{1,20})")
 _OLD_LAYERS = re.compile(r"^num_layers: \d")
 _PROC = re.compile(r"--nproc[-_]per[-_]node[= ](\d{1,4})")
 _RUN = re.compile(r"^run\s+(\S.{0,200})$")
@@ -92,12 +93,12 @@ class ProgramRun(msgspec.Struct, frozen=True, kw_only=True):
 
 def program_of(lines: Sequence[Line], until: int, plan: Plan | None = None) -> ProgramRun:
     """Return the program behind a log that failed at line `until`; `plan` is of a snugpt run."""
-    texts = [line.text for line in lines]
+    texts = [line.text for line in lines[: until + 1]]  # what ran after it says nothing of it
     words = _command(texts)
     common: dict[str, Any] = {
         "words": words,
-        "steps": _last_step(texts[:until]),
-        "half": any(_HALF.search(text) for text in texts[:until] if _says_dtype(text)),
+        "steps": _last_step(texts),
+        "half": any(_HALF.search(text) for text in texts if _says_dtype(text)),
     }
     run = next((found[1].strip() for text in texts if (found := _RUN.match(text))), None)
     if plan is not None:
@@ -106,7 +107,12 @@ def program_of(lines: Sequence[Line], until: int, plan: Plan | None = None) -> P
         fields = dict(_flags(words))
         question = None if plan_file_of(words) else _question(fields)
         return ProgramRun(name="snugpt", question=question, run=run, fields=fields, **common)
-    if _is_nanochat(texts, words):
+    script = _script(texts)
+    if script is not None and script != "base_train":
+        only = f"only nanochat's base_train is planned, not {script}"
+        fields = dict(_flags(words))
+        return ProgramRun(name="nanochat", fields=fields, assumed=(only,), **common)
+    if script is not None or any(_MICRO_BATCH.search(text) for text in texts):
         return _nanochat(texts, common)
     if _is_nanogpt(texts, words):
         fields = NANOGPT_DEFAULTS | dict(_nanogpt_settings(texts, words))
@@ -193,12 +199,13 @@ def _is_snugpt(words: Sequence[str]) -> bool:
     return words[0].rpartition("/")[2] == "snugpt" or "snugpt.cli" in words
 
 
-def _is_nanochat(texts: Sequence[str], words: Sequence[str]) -> bool:
-    if any(
-        "scripts.base_train" in word or word.endswith("scripts/base_train.py") for word in words
-    ):
-        return True
-    return any(_MICRO_BATCH.search(text) or "scripts/base_train.py" in text for text in texts)
+def _script(texts: Sequence[str]) -> str | None:
+    """The last of nanochat's programs that is named: its speedrun starts one after the other."""
+    for text in reversed(texts):
+        named = _SCRIPT.findall(text) if "scripts" in text else []
+        if named:
+            return str(named[-1])
+    return None
 
 
 def _is_nanogpt(texts: Sequence[str], words: Sequence[str]) -> bool:
