@@ -14,8 +14,9 @@ from snugpt.planner.answer import plan as make_plan
 from snugpt.planner.doctor.commands import with_flags
 from snugpt.planner.doctor.diagnosis import main_event
 from snugpt.planner.doctor.examine import Finding, examine, examine_text
-from snugpt.planner.doctor.mends import Mend, Patient, patient_of, planned_mends
+from snugpt.planner.doctor.mends import Mend, planned_mends
 from snugpt.planner.doctor.messages import events_in
+from snugpt.planner.doctor.patient import Patient, patient_of
 from snugpt.planner.doctor.program import ProgramRun, program_of
 from snugpt.planner.doctor.reading import read_stream
 from snugpt.spec.plan import encode_plan

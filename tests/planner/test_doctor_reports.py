@@ -162,6 +162,7 @@ def test_a_kill_has_its_rank_and_is_no_proof_of_anything() -> None:
     [
         ("./train.sh: line 1:  7364 Killed                  python3 train.py", False, None),
         ("Killed", False, None),
+        ("bash:   748 Killed                  python t.py > t.log", False, None),
         ("process exited with code 137", False, None),
         ("Training task exit with status code 137", False, None),
         ("DataLoader worker (pid 12847) is killed by signal: Killed.", False, None),

@@ -58,7 +58,8 @@ def general_mends(event: Event, run: ProgramRun) -> tuple[Mend, ...]:
         on_host = event.backend == "cpu"
         return tuple(_of_host(run) if on_host else _of_card(run))
     if isinstance(event, Killed):
-        return tuple(_of_host(run))
+        look = Mend(change="see who was killed, and why", kind="exact", command=KERNEL_LOG)
+        return look, *_of_host(run)
     if isinstance(event, NotANumber):
         return tuple(_of_numbers(run))
     if isinstance(event, BackwardTwice):
@@ -156,7 +157,6 @@ def _half_length(run: ProgramRun) -> Iterator[Mend]:
 
 
 def _of_host(run: ProgramRun) -> Iterator[Mend]:
-    yield Mend(change="see who was killed, and why", kind="exact", command=KERNEL_LOG)
     yield Mend(change="fewer loader workers (each holds its own copy): num_workers=0", kind="exact")
     more = "more memory for the container (docker run --memory), or swap"
     yield Mend(change=more, kind="exact", command="free -h")

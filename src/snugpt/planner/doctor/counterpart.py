@@ -12,7 +12,8 @@ import msgspec
 from snugpt.errors import SnugError
 from snugpt.planner.answer import answer
 from snugpt.planner.command import command_line
-from snugpt.planner.doctor.mends import Mend, card_of
+from snugpt.planner.doctor.mends import Mend
+from snugpt.planner.doctor.patient import card_of
 from snugpt.planner.doctor.program import ProgramRun
 from snugpt.planner.doctor.report import OutOfMemory
 from snugpt.planner.levers import in_words

@@ -11,8 +11,9 @@ from snugpt.errors import BadQuestionError, SnugError
 from snugpt.planner.doctor.advice import first_mends, general_mends
 from snugpt.planner.doctor.counterpart import in_snugpt
 from snugpt.planner.doctor.diagnosis import cause_of, main_event, what_happened, what_held, why
-from snugpt.planner.doctor.mends import Mend, Patient, patient_of, planned_mends
+from snugpt.planner.doctor.mends import Mend, planned_mends
 from snugpt.planner.doctor.messages import events_in
+from snugpt.planner.doctor.patient import Patient, patient_of
 from snugpt.planner.doctor.program import ProgramRun, plan_places, program_of
 from snugpt.planner.doctor.reading import LogText, Progress, plain, read_log
 from snugpt.planner.doctor.report import Event, Killed, NotANumber, OutOfMemory
@@ -175,7 +176,7 @@ def _notes(event: Event, run: ProgramRun, patient: Patient | None, log: LogText)
             )
     elif isinstance(event, OutOfMemory) and event.backend != "cpu" and run.question is not None:
         notes.append("the card is not in the log: with --gpu CARD the mends are checked")
-    if patient is None and isinstance(event, OutOfMemory | Killed):
+    if patient is None and isinstance(event, OutOfMemory):
         notes.append(
             "what says nothing of fitting is not checked: no plan of ours stands for this program"
         )

@@ -45,7 +45,7 @@ _KILLED = re.compile(
     r"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|signals?\.SIGKILL|OOMKilled|oom[-_]kill"
     r"|\bexit(?:ed)?(?: with)?(?: status)?(?: code)?[ :=]{1,3}137\b|status code 137\b"
     r"|Out of memory: Kill(?:ed)? process|killed by signal: Killed"
-    r"|^\s*(?:\S{1,200}: line \d{1,6}:\s{1,4})?(?:\d{1,9}\s{1,4})?Killed(?:\s|$)"
+    r"|^\s*(?:\S{1,200}:\s{1,4}(?:line \d{1,6}:\s{1,4})?)?(?:\d{1,9}\s{1,4})?Killed(?:\s|$)"
 )
 _PROVEN = re.compile(r"OOMKilled|oom[-_]kill|Out of memory: Kill(?:ed)? process")
 _RESIDENT = re.compile(r"anon-rss:(\d{1,15})kB")
