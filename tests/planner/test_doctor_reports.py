@@ -149,6 +149,12 @@ def test_a_compiled_step_names_the_buffer_it_asked_for() -> None:
     assert "65536 x 65536: a row for each of 32 x 2048 tokens" in happened
 
 
+@pytest.mark.parametrize("sizes", ["65536 65536", ", ,", "7" * 90, "1,,2"])
+def test_a_buffer_whose_sizes_are_torn_is_no_trouble(sizes: str) -> None:
+    text = NANOCHAT.replace("((65536, 65536)", f"(({sizes})")
+    assert "rank 2" in found(text).happened
+
+
 def test_a_kill_has_its_rank_and_is_no_proof_of_anything() -> None:
     first, second = events_in(lines(CHILD_FAILED))
     assert isinstance(first, Killed)

@@ -76,5 +76,6 @@ def _shape(frames: list[str]) -> tuple[int, ...] | None:
     for text in reversed(frames[-6:]):
         found = _BUFFER.search(text)
         if found:
-            return tuple(int(n) for n in found[1].split(",") if n.strip() and len(n) < 16)
+            sizes = [part.strip() for part in found[1].split(",")]
+            return tuple(int(size) for size in sizes if size.isdecimal() and len(size) < 16)
     return None
