@@ -38,6 +38,7 @@ def recipe_for(
     loss: str = "chunked",
     chunk: int = 64,
     dtype: str = "fp32",
+    **levers: str,
 ) -> TrainingRecipe:
     T = shape.context_len if seq_len is None else seq_len
     return TrainingRecipe(
@@ -52,6 +53,7 @@ def recipe_for(
         checkpoint=checkpoint,
         optimizer=optimizer,
         schedule=SCHEDULE,
+        **levers,
     )
 
 
