@@ -19,7 +19,9 @@ from snugpt.units import GIB, MIB
 ROWS = list(catalogue().values())
 CUDA_ROWS = [gpu for gpu in ROWS if gpu.backend == "cuda"]
 
-GEFORCE_RTX = "2060 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+GEFORCE_RTX = (
+    "2060 3050-laptop-4gb 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+)
 DATA_CENTRE = "v100-16gb v100-32gb t4 a10 l4 l40s a100-40gb a100-80gb h100-80gb h200 b200"
 NEEDED = [
     *(f"rtx-{number}" for number in GEFORCE_RTX.split()),
@@ -42,6 +44,10 @@ SPELLINGS = {
     "3070ti": "rtx-3070-ti",
     "NVIDIA GeForce RTX 3090 Ti": "rtx-3090-ti",
     "rtx 3080 10gb": "rtx-3080",
+    "NVIDIA GeForce RTX 3050 Laptop GPU": "rtx-3050-laptop-4gb",
+    "rtx 3050 laptop": "rtx-3050-laptop-4gb",
+    "RTX 3050 Laptop 4GB": "rtx-3050-laptop-4gb",
+    "3050 mobile": "rtx-3050-laptop-4gb",
     "GeForce GTX 1060 6GB": "gtx-1060-6gb",
     "gtx 1060": "gtx-1060-6gb",
     "1070": "gtx-1070",
@@ -86,6 +92,8 @@ REFUSED = [
     "rtx 4090 48gb",
     "2x rtx 4090",
     "rtx 3060 ti",
+    "rtx 3050 laptop 6gb",
+    "rtx 3050 ti laptop",
     "rtx 3060 8gb",
     "rtx 3080 12gb",
     "rtx 2060 8gb",
@@ -151,7 +159,7 @@ class TestRow:
             assert find_gpu(name) == gpu
 
     def test_memory_and_bandwidth_are_plausible(self, gpu: Gpu) -> None:
-        assert 5 * GIB < gpu.memory_bytes < 300 * GIB
+        assert 4 * GIB <= gpu.memory_bytes < 300 * GIB
         assert gpu.memory_bytes % MIB == 0
         assert 0.6 * gpu.memory_bytes < gpu.usable_bytes < gpu.memory_bytes
         assert 50e9 < gpu.bandwidth_bytes_per_s < 10e12
