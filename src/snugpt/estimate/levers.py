@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.fp8 import why_not_fp8
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -57,4 +58,5 @@ def _why_not_bf16_weights(
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
     "weight_dtype": ("master", _why_not_bf16_weights),
+    "fp8": ("off", why_not_fp8),
 }

@@ -81,7 +81,7 @@ SNUGPT = Stack(
             "optimizer": ("muon", "adamw"),
             "state_dtype": ("fp32", "bf16", "int8"),
             "weight_dtype": ("master", "bf16"),
-            "fp8": ("off",),
+            "fp8": ("off", "on"),
             "compile": ("off", "on"),
             "sharding": ("none",),
             "offload": ("none",),
