@@ -35,6 +35,7 @@ def recipe_for(
     accumulation: int = 1,
     optimizer: str = "muon",
     checkpoint: str = "none",
+    steps: tuple[str, ...] = (),
     loss: str = "chunked",
     chunk: int = 64,
     dtype: str = "fp32",
@@ -50,6 +51,7 @@ def recipe_for(
         loss=loss,
         loss_chunk_tokens=chunk,
         checkpoint=checkpoint,
+        selective_steps=steps,
         optimizer=optimizer,
         schedule=SCHEDULE,
     )
