@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
+from msgspec.structs import replace
 from recorder import SCHEDULE
 
 from snugpt.spec.recipe import SELECTIVE_STEPS, GenerationRecipe, Recipe, TrainingRecipe
@@ -90,7 +91,7 @@ def training(
         checkpoint=checkpoint,
         selective_steps=steps if checkpoint == "selective" else (),
         optimizer=draw.choice(["muon", "adamw"]),
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
     )
 
 

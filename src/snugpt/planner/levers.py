@@ -87,20 +87,21 @@ def _values(question: Question, lever: str) -> tuple[str, ...]:
     return find_stack(question.stack).levers[lever] if pinned is None else (pinned,)
 
 
+def ways_to_checkpoint(shape: ModelShape) -> list[LeverSet]:
+    """Nothing again, each worthwhile set of steps again, whole blocks again: fastest first."""
+    return [
+        {"checkpoint": "none", "selective_steps": ()},
+        {"checkpoint": "blocks", "selective_steps": ()},
+    ]
+
+
 def _checkpoints(question: Question, shape: ModelShape) -> list[LeverSet]:
-    """The ways to checkpoint, fastest first, each with the steps it makes again."""
-    pinned = _pinned_steps(question)
-    ways = _values(question, "checkpoint")
-    if pinned and question.checkpoint is None:
-        ways = ("selective",)
-    found: list[LeverSet] = []
-    for way in ways:
-        if way != "selective":
-            found.append({"checkpoint": way, "selective_steps": ()})
-            continue
-        sets = [pinned] if pinned else []
-        found += [{"checkpoint": way, "selective_steps": steps} for steps in sets]
-    return found
+    """The ways to checkpoint that a question leaves open."""
+    steps = _pinned_steps(question)
+    if steps:
+        return [{"checkpoint": "selective", "selective_steps": steps}]
+    allowed = _values(question, "checkpoint")
+    return [way for way in ways_to_checkpoint(shape) if way["checkpoint"] in allowed]
 
 
 def _pinned_steps(question: Question) -> tuple[SelectiveStep, ...]:
