@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
+from msgspec.structs import replace
 from training_questions import question
 
 from snugpt.estimate.flops import (
@@ -18,6 +19,7 @@ from snugpt.estimate.flops import (
 )
 from snugpt.estimate.levers import why_not
 from snugpt.estimate.making_again import making_again, selective_sets
+from snugpt.estimate.memory import timeline_of
 from snugpt.estimate.operations import Net
 from snugpt.estimate.stacks.snugpt import layer_part
 from snugpt.estimate.walk import forward
@@ -180,3 +182,23 @@ def test_pointwise_reads_and_writes_two_norms_and_the_activation():
     assert traffic_again_bytes_per_token(shape, with_up) == 3 * FP32 * 4 * C
     _, without, _ = asked("llama", "qkv", depth=3)
     assert traffic_again_bytes_per_token(shape, without) == 0
+
+
+def test_d24_needs_at_most_half_of_what_nanochat_compiled_needs():
+    """B 16, T 2048, one GPU, accumulation above 1; weights and moments all fp32, unlike theirs."""
+    shape = shape_for("nanochat", 24, context_len=2048)
+    asked = {
+        "style": "nanochat", "depth": 24, "seq_len": 2048, "accumulation": 2, "vocab_size": 32768,
+        "runtime": "flash", "width": 1536,
+    }  # fmt: skip
+    found, plain, runtime = question(asked, 16)
+    assert found == shape
+    again = replace(plain, checkpoint="selective", selective_steps=("qkv", "up"))
+    theirs = replace(
+        plain, stack="nanochat@2026-07", loss="plain", compile="on", schedule=None
+    )  # fmt: skip
+    none, both, peer = (
+        timeline_of(shape, recipe, runtime).read(16, workspace=False)[0].bytes
+        for recipe in (plain, again, theirs)
+    )
+    assert both <= 0.5 * peer < none < 0.75 * peer

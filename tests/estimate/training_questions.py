@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from snugpt.estimate.making_again import selective_sets
 from snugpt.spec.recipe import Schedule, TrainingRecipe
@@ -88,6 +89,6 @@ def question(asked: dict[str, Any], batch: int = 1) -> tuple[ModelShape, Trainin
         selective_steps=asked.get("selective_steps", ()),
         compile=asked.get("compile", "off"),
         optimizer=asked.get("optimizer", "muon"),
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=asked.get("clip_norm", 1.0)),
     )
     return shape, recipe, runtime

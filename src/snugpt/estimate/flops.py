@@ -58,7 +58,7 @@ def recomputed_flops_per_token(shape: ModelShape, recipe: TrainingRecipe) -> int
 
     `blocks` runs the layers forward once more, all of them (torch.utils.checkpoint stops behind the
     last product, which keeps its input); `selective` the products of its steps. nanochat d24,
-    T 2048: qkv +7.1 %, up +9.5 %, blocks +31.6 % of a step's cost.
+    T 2048: qkv +7.1 %, up +9.5 %, blocks +31.2 % of a step's cost.
     """
     if recipe.checkpoint == "blocks":
         return layers_flops_per_token(shape, recipe.seq_len)
