@@ -127,7 +127,7 @@ class _Run:
 
     def _took_every_step(self, found: Checkpoint | None) -> bool:
         """Take every step that is left; False if memory ran out on the way."""
-        self.saver.refuse_full_disk(self.plan.shape)
+        self.saver.refuse_full_disk(self.plan.shape, self.recipe)
         try:
             self.meter.start()
             self._build(found)
