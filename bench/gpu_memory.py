@@ -13,9 +13,9 @@ sets: bytes and milliseconds beside those of the plain step) and `nanochat` (its
 `--checkout PATH`; `--stack nanochat@2026-03` says which version that is). Each configuration runs
 in a fresh process, and its record is one line, on disk before the next begins. Called again, it
 does what is missing and tries once more what failed; `--minutes` ends it in time. `--snapshots
-FOLDER` keeps the allocator's history of a few. `--only NAME,NAME` picks, `--list` names them, `--dry-run`
-prints what is predicted and runs nothing, `--device cpu` rehearses all of it at toy size on the
-processor.
+FOLDER` keeps the allocator's history of a few. `--only NAME,NAME` picks, `--list` names them,
+`--dry-run` prints what is predicted and runs nothing, `--device cpu` rehearses all of it at toy
+size on the processor.
 
 A record: set, name, kind, held_out, asked, predicted (and by phase), outcome (fit, oom, failed with
 its reason), measured, environment, and `measurement` as in the ledger. Every third configuration is
