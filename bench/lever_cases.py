@@ -19,13 +19,16 @@ import torch
 from snugpt.data.builtin import builtin_documents
 from snugpt.data.loader import TrainingLoader, ValidationLoader
 from snugpt.estimate.levers import why_not
+from snugpt.estimate.memory import runtime_of
 from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.model.build import build_for_training
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import evaluate_batch, step
 from snugpt.planner.levers import is_exact
+from snugpt.planner.machine import machine_for
 from snugpt.planner.pulled import values
 from snugpt.run.learning_rate import rate_factor, set_rates
+from snugpt.spec.gpu import Gpu
 from snugpt.spec.recipe import Schedule, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -33,7 +36,7 @@ from snugpt.spec.shape import ModelShape
 BYTES_OF_TEXT = 256  # vocabulary: one token per byte
 VALIDATION_SHARE = 20
 EMULATED = {"fp8"}  # levers of CUDA that the CPU computes in another way, with the same numbers
-CPU = Runtime(device="cpu", attention="cpu", num_threads=1)
+PROCESSOR = machine_for("cpu").gpu
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,28 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def cases(shape: ModelShape, plain: TrainingRecipe) -> Iterator[Case]:
+def cases(shape: ModelShape, plain: TrainingRecipe, gpu: Gpu = PROCESSOR) -> Iterator[Case]:
     """Yield every lever on `plain`: first what only sums in another order, which is the measure."""
     halves = replaced(plain, device_batch_size=plain.device_batch_size // 2, grad_accum_steps=2)
     yield Case("half the batch twice", halves, plain, True)
     for changes in values():
         if any(getattr(plain, name) != value for name, value in changes.items()):
-            yield _case(shape, plain, dict(changes))
+            yield _case(shape, plain, dict(changes), gpu)
     for dtype in SNUGPT.levers["compute_dtype"]:
         if dtype != plain.compute_dtype:
-            yield _case(shape, plain, {"compute_dtype": dtype})
+            yield _case(shape, plain, {"compute_dtype": dtype}, gpu)
     free = msgspec.structs.replace(plain.schedule, clip_norm=0.0)
     at_once, later = replaced(plain, schedule=free), replaced(halves, schedule=free)
     if at_once.steps_in_backward:
         yield Case("updated in backward", at_once, later, True, changes={"clip_norm": 0.0})
 
 
-def _case(shape: ModelShape, plain: TrainingRecipe, changes: dict[str, Any]) -> Case:
+def _case(shape: ModelShape, plain: TrainingRecipe, changes: dict[str, Any], gpu: Gpu) -> Case:
     recipe = replaced(plain, **changes)
-    objection = why_not(shape, recipe, CPU)
+    objection = why_not(shape, recipe, runtime_on(gpu, shape, recipe))
     if objection is not None and objection.lever not in EMULATED:
         in_bf16 = replaced(recipe, compute_dtype="bf16")
-        if why_not(shape, in_bf16, CPU) is None:
+        if why_not(shape, in_bf16, runtime_on(gpu, shape, in_bf16)) is None:
             recipe, objection = in_bf16, None
             changes = {**changes, "compute_dtype": "bf16"}
     else:
@@ -80,6 +83,11 @@ def _case(shape: ModelShape, plain: TrainingRecipe, changes: dict[str, Any]) -> 
     exact = is_exact(recipe) and recipe.compute_dtype == plain.compute_dtype
     refused = objection.because if objection else None
     return Case(in_words(changes), recipe, plain, exact, refused, changes)
+
+
+def runtime_on(gpu: Gpu, shape: ModelShape, recipe: TrainingRecipe) -> Runtime:
+    """What a recipe runs on a device with, with torch's number of threads."""
+    return runtime_of(shape, recipe, gpu, torch.get_num_threads())
 
 
 def in_words(changes: dict[str, Any]) -> str:
@@ -121,22 +129,29 @@ def corpus() -> np.ndarray:
 
 
 class Training:
-    """A model with its optimizers and batches on the CPU; the seed sets weights and rows."""
+    """A model with its optimizers and batches on a device; the seed sets weights and rows."""
 
     def __init__(
-        self, shape: ModelShape, recipe: TrainingRecipe, tokens: np.ndarray, seed: int = 0
+        self,
+        shape: ModelShape,
+        recipe: TrainingRecipe,
+        tokens: np.ndarray,
+        seed: int = 0,
+        *,
+        device: torch.device | str = "cpu",
+        gpu: Gpu = PROCESSOR,
     ) -> None:
         cut = len(tokens) - len(tokens) // VALIDATION_SHARE
         schedule = msgspec.structs.replace(recipe.schedule, seed=seed)
         self.recipe = msgspec.structs.replace(recipe, schedule=schedule)
         torch.manual_seed(seed)
-        runtime = msgspec.structs.replace(
-            CPU, attention="math" if shape.dropout else "cpu",
-            num_threads=torch.get_num_threads(),
-        )  # fmt: skip
-        self.model = build_for_training(shape, self.recipe, runtime, seed=seed)
+        runtime = runtime_on(gpu, shape, recipe)
+        self.model = build_for_training(shape, self.recipe, runtime, device=device, seed=seed)
         self.optimizers = optimizers_for(self.model, self.recipe)
-        sizes = {"seq_len": recipe.seq_len, "device_batch_size": recipe.device_batch_size}
+        sizes = {
+            "seq_len": recipe.seq_len, "device_batch_size": recipe.device_batch_size,
+            "device": device,
+        }  # fmt: skip
         self.loader = TrainingLoader(
             tokens=tokens[:cut], seed=seed, grad_accum_steps=recipe.grad_accum_steps, **sizes
         )
