@@ -16,6 +16,7 @@ from snugpt.estimate.flops import (
     traffic_again_bytes_per_token,
 )
 from snugpt.estimate.fp8 import more_kernels_per_layer
+from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.spec.gpu import Gpu
@@ -79,7 +80,7 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
 
 
 def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic."""
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records."""
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
     recomputed = recompute_factor(shape, recipe)
@@ -91,7 +92,8 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
-    return arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    return counted * time_factor(recipe, gpu.backend)
 
 
 def speed_estimate(
