@@ -20,10 +20,10 @@ ROWS = list(catalogue().values())
 CUDA_ROWS = [gpu for gpu in ROWS if gpu.backend == "cuda"]
 
 GEFORCE_RTX = (
-    "2060 2070 2080 2080-ti 3050-laptop-4gb 3050 3060 3060-ti 3070 3070-ti 3080 3080-12gb 3080-ti "
-    "3090 3090-ti 4060 4060-ti 4060-ti-16gb 4070 4070-super 4070-ti 4070-ti-super 4080 4080-super "
-    "4090 5060-ti-16gb 5070 5070-ti 5080 5090 3070-laptop 4060-laptop 4070-laptop 4090-laptop "
-    "5090-laptop"
+    "2060 2070 2080 2080-super 2080-ti 3050-laptop-4gb 3050 3060 3060-ti 3070 3070-ti 3080 "
+    "3080-12gb 3080-ti 3090 3090-ti 4060 4060-ti 4060-ti-16gb 4070 4070-super 4070-ti "
+    "4070-ti-super 4080 4080-super 4090 5060-ti-16gb 5070 5070-ti 5080 5090 3070-laptop "
+    "4060-laptop 4070-laptop 4090-laptop 5090-laptop"
 )
 WORKSTATION = "rtx-a4000 rtx-a5000 rtx-a6000 rtx-6000-ada rtx-pro-6000"
 DATA_CENTRE = (
