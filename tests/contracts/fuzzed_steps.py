@@ -76,6 +76,7 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         loss_chunk_tokens=chunk,
         checkpoint=draw.choice(["none", "blocks"]),
         optimizer=draw.choice(["muon", "adamw"]),
+        offload=draw.choice(["none", "none", "activations"]),
         schedule=SCHEDULE,
     )
 

@@ -38,6 +38,7 @@ def recipe_for(
     loss: str = "chunked",
     chunk: int = 64,
     dtype: str = "fp32",
+    offload: str = "none",
 ) -> TrainingRecipe:
     T = shape.context_len if seq_len is None else seq_len
     return TrainingRecipe(
@@ -51,6 +52,7 @@ def recipe_for(
         loss_chunk_tokens=chunk,
         checkpoint=checkpoint,
         optimizer=optimizer,
+        offload=offload,
         schedule=SCHEDULE,
     )
 

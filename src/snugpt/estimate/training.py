@@ -13,6 +13,7 @@ from functools import partial
 from snugpt.estimate import kinds as kind
 from snugpt.estimate import scratch
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.offload import MovedLayers, moved_of
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import all_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
@@ -52,6 +53,7 @@ class TrainingStep:
             self.embedding.result in op.keeps for op in self.embedding.operations
         )
         self.recomputes = recipe.checkpoint == "blocks"
+        self.moved = self._moved_layers()
         self.random_states = self._random_states()
         self.placed: list[Placed] = []
         self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
@@ -76,8 +78,9 @@ class TrainingStep:
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
         return Timeline(
-            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged)
-        )
+            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged),
+            self.moved.on_host,
+        )  # fmt: skip
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
@@ -103,7 +106,23 @@ class TrainingStep:
             if key not in made:
                 events = segment_of((parts or self.trained)[key[0]], key[1])
                 made[key] = Segment(events, self.block_bytes)
+            self._place(phase, layer, self.moved.before(phase, layer))
             self.placed.append(Placed(phase, layer, made[key]))
+            self._place(phase, layer, self.moved.after(phase, layer))
+
+    def _moved_layers(self) -> MovedLayers:
+        """What `offload = activations` moves of each layer but the last."""
+        if self.recipe.offload != "activations":
+            return MovedLayers()
+        return MovedLayers(
+            tuple(
+                moved_of(
+                    self.trained[mixes], recomputes=self.recomputes,
+                    entry_stays=layer == 0 and self.embedding_keeps,
+                )
+                for layer, mixes in enumerate(self.kinds[:-1])
+            )
+        )  # fmt: skip
 
     def _random_states(self) -> tuple[Buffer, ...]:
         """What a checkpointed layer keeps to drop the same again, and the current one put aside

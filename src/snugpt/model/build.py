@@ -9,6 +9,7 @@ from torch import Tensor
 
 from snugpt.estimate import parameters
 from snugpt.model.gpt import DTYPES, GPT
+from snugpt.model.offload import offload_activations
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -41,6 +42,8 @@ def build_for_training(
     """Return the model with the levers of a recipe set that the model itself has."""
     model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
     model.recompute_blocks = recipe.checkpoint == "blocks"
+    if recipe.offload == "activations":
+        offload_activations(model)
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from snugpt.estimate.operations import Buffer
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
+from snugpt.model.host_memory import is_host
 from snugpt.spec.memory import Category, Phase
 
 ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -70,6 +71,7 @@ class Allocations(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref, Block]] = {}  # by the storage's address
         self._told: list[Block] = []
         self._resident: list[Block] = []
+        self._host: dict[int, Block] = {}  # what stands for host memory, by address
         self._stretches = [Stretch("forward")]
         self._recording = False
 
@@ -92,7 +94,8 @@ class Allocations(TorchDispatchMode):
             return ADD_IN_PLACE(*args)
         result = func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
-            if isinstance(each, Tensor) and each.device.type == "meta":
+            on_meta = isinstance(each, Tensor) and each.device.type == "meta"
+            if on_meta and not self._on_host(each.untyped_storage()):
                 self.see(each, func)
         if self._scratch is not None:
             for num_bytes in self._scratch(func, args, result):
@@ -127,6 +130,16 @@ class Allocations(TorchDispatchMode):
         self._alive[address] = weakref.ref(storage, lambda _: self._freed(address)), block
         self._events.append((1, block))
         return block
+
+    def _on_host(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage stands for host memory, which is counted apart."""
+        if not is_host(storage):
+            return False
+        address = storage._cdata
+        if address not in self._host:
+            self._host[address] = Block(storage.nbytes(), "host memory", "activations")
+            weakref.finalize(storage, self._host.pop, address, None)
+        return True
 
     def category_of(self, tensor: Tensor, site: str) -> Category:
         """What a new storage is, as far as its making shows; for those who know more of the model.
@@ -175,7 +188,9 @@ class Allocations(TorchDispatchMode):
             )
             for stretch in self._stretches
         )
-        return Timeline(tuple(buffer(b) for b in self._resident), placed, block_bytes)
+        resident = tuple(buffer(b) for b in self._resident)
+        host = tuple(buffer(b) for b in self._host.values())
+        return Timeline(resident, placed, block_bytes, host=host)
 
     def _freed(self, address: int) -> None:
         _, block = self._alive.pop(address)
