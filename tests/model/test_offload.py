@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from contextlib import contextmanager
 
@@ -135,6 +136,32 @@ def test_a_pass_that_was_given_up_leaves_nothing_to_the_next():
     found = model.hidden(tokens)
     found.sum().backward()
     assert torch.equal(found, expected)
+
+
+def test_a_pass_that_failed_holds_no_memory_of_the_device():
+    shape = small_shape("llama")
+    model = small_model(shape)
+    offload = offload_activations(model)
+    layers: list[weakref.ref] = []
+    tokens, _ = random_batch(shape, 2, 32)
+
+    def failing(block, x):
+        found = offload.layer(block, x)
+        layers.append(weakref.ref(found))
+        if block.layer == 1:
+            monkey.setattr(block, "mlp", None)
+        return found
+
+    model.around_layer = failing
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as monkey, pytest.raises(TypeError) as error:
+            model.hidden(tokens)
+        del error
+        assert len(layers) == 2
+        assert [layer() for layer in layers] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Stream:

@@ -99,6 +99,8 @@ class Layer(saved_tensors_hooks):
         self.copied = self.offload.copies.sent()
         if self.before is not None:
             self.before.let_go()
+        if error[0] is not None:  # out of memory, say: there will be no backward
+            self.offload.give_up()
 
     def let_go(self) -> None:
         """Give the device's memory back, once it has been copied."""
@@ -165,6 +167,10 @@ class ActivationOffload:
             found.stays.add(x.untyped_storage()._cdata)
         self._last = None if last else found
         return found
+
+    def give_up(self) -> None:
+        """Hold nothing of the pass that is under way."""
+        self._last = None
 
     def _begin_pass(self, x: Tensor) -> None:
         """Begin at the first place again; a batch of another size has places of its own."""
