@@ -44,6 +44,8 @@ def build_for_training(
     model.recompute_blocks = recipe.checkpoint == "blocks"
     if recipe.offload == "activations":
         offload_activations(model)
+    for block in model.blocks:
+        block.fp8 = recipe.fp8 == "on"
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 
