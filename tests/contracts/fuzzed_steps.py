@@ -84,7 +84,7 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         checkpoint=draw.choice(["none", "blocks"]),
         optimizer=draw.choice(["muon", "adamw"]),
         schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
-        offload=draw.choice(["none", "none", "activations"]),
+        offload=draw.choice(["none", "none", "optimizer", "activations"]),
     )
 
 

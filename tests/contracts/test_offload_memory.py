@@ -35,6 +35,41 @@ def test_what_moves_is_what_the_allocator_sees(style, checkpoint):
     assert traced == real_events(shape, recipe)
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_that_moves_is_what_the_allocator_sees(optimizer, clip_norm):
+    shape = small("nanochat", depth=2)
+    asked = {"optimizer": optimizer, "clip_norm": clip_norm, "offload": "optimizer"}
+    recipe = recipe_for(shape, batch=2, **asked)
+    traced = traced_events(shape, recipe)
+    assert len(traced) > 100
+    assert traced == real_events(shape, recipe)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_on_the_host_leaves_two_stages_to_the_device(optimizer, state_dtype):
+    shape = small("llama", width=256, vocab_size=8192)
+    asked = {"optimizer": optimizer, "state_dtype": state_dtype}
+    recipe = recipe_for(shape, batch=1, offload="optimizer", **asked)
+    timeline = timeline_of(shape, recipe, cpu_runtime(shape))
+    on_host = host_bytes(timeline, 1)
+    predicted = timeline.read(1)[1]
+    measured = measured_phases(shape, recipe)
+    off = {phase: predicted[phase] + on_host - measured[phase] for phase in measured}
+    assert {phase: n for phase, n in off.items() if abs(n) > SCALAR_BYTES} == {}
+    plain = recipe_for(shape, batch=1, **asked)
+    state = [
+        sum(b.fixed_bytes for b in lines.resident if b.category == "optimizer")
+        for lines in (timeline, timeline_of(shape, plain, cpu_runtime(shape)))
+    ]
+    stage = next(b for b in timeline.resident if b.name == "optimizer stages")
+    moved = sum(buffer.fixed_bytes for buffer in timeline.host)
+    assert state[0] < state[1]
+    assert state[0] - 2 * stage.fixed_bytes == state[1] - moved
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("checkpoint", ["none", "blocks"])
 @pytest.mark.parametrize("style", STYLES)

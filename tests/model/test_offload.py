@@ -8,49 +8,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from late_copies import LateCopies
 from small_model import random_batch, small_model, small_recipe, small_shape
-from torch import Tensor
 
 from snugpt.estimate.training import TrainingStep
 from snugpt.model import copies
-from snugpt.model.copies import Copies, CudaCopies
+from snugpt.model.copies import CudaCopies
 from snugpt.model.host_memory import HostPool
 from snugpt.model.offload import offload_activations
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape
-
-POISON = 0xFF  # bytes of it are no number in any format
-
-
-class LateCopies(Copies):
-    """Copies as late as they may be: a source must live until then, a target is poison before."""
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[weakref.ref, Tensor]] = []
-        self.done = self.host_bytes = 0
-
-    def to_host(self, source: Tensor, target: Tensor) -> None:
-        target.fill_(POISON)
-        self.host_bytes += target.numel()
-        self.queue.append((weakref.ref(source), target))
-
-    def sent(self) -> int:
-        return len(self.queue)
-
-    def to_device(self, pairs) -> int:
-        for source, target in pairs:
-            target.fill_(POISON)
-            self.queue.append((lambda source=source: source, target))
-        return len(self.queue)
-
-    def wait(self, event: int | None) -> None:
-        while event is not None and self.done < event:
-            source, target = self.queue[self.done]
-            assert source() is not None, "let go before it was copied"
-            target.copy_(source())
-            self.done += 1
 
 
 def steps(shape: ModelShape, *, offload: bool, blocks: bool = False, **asked):

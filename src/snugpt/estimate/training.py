@@ -17,6 +17,7 @@ from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weig
 from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
+from snugpt.estimate.state_on_host import on_host
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.updating import Updating, update
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
@@ -88,7 +89,7 @@ class TrainingStep:
             abridged |= {"loss", "evaluate"}
         return Timeline(
             resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged),
-            self.moved.on_host,
+            (*self.moved.on_host, *on_host(self.net, self.updating)),
         )  # fmt: skip
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:

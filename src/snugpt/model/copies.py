@@ -18,8 +18,11 @@ class Copies:
     def sent(self):
         """An event that passes when everything given to `to_host` has been copied."""
 
-    def to_device(self, pairs: Sequence[tuple[Tensor, Tensor]]):
-        """Copy each (host, device) pair; return an event that passes when all are there."""
+    def to_device(self, pairs: Sequence[tuple[Tensor, Tensor]], after=None):
+        """Copy each (host, device) pair; return an event that passes when all are there.
+
+        The copies begin when the event `after` has passed.
+        """
         for source, target in pairs:
             target.copy_(source)
 
@@ -46,7 +49,9 @@ class CudaCopies(Copies):
     def sent(self):
         return self._out.record_event()
 
-    def to_device(self, pairs):
+    def to_device(self, pairs, after=None):
+        if after is not None:
+            self._in.wait_event(after)
         self._in.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._in):
             for source, target in pairs:

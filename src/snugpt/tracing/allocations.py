@@ -94,8 +94,7 @@ class Allocations(TorchDispatchMode):
             return ADD_IN_PLACE(*args)
         result = func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
-            on_meta = isinstance(each, Tensor) and each.device.type == "meta"
-            if on_meta and not self._on_host(each.untyped_storage()):
+            if isinstance(each, Tensor) and each.device.type == "meta":
                 self.see(each, func)
         if self._scratch is not None:
             for num_bytes in self._scratch(func, args, result):
@@ -121,6 +120,8 @@ class Allocations(TorchDispatchMode):
     def see(self, tensor: Tensor, func=None) -> Block:
         """Return the tensor's block; its storage is recorded if it was not seen before."""
         storage = tensor.untyped_storage()
+        if is_host(storage):
+            return self._see_host(storage)
         address = storage._cdata
         found = self._alive.get(address)
         if found is not None:
@@ -131,15 +132,13 @@ class Allocations(TorchDispatchMode):
         self._events.append((1, block))
         return block
 
-    def _on_host(self, storage: torch.UntypedStorage) -> bool:
-        """Whether a storage stands for host memory, which is counted apart."""
-        if not is_host(storage):
-            return False
+    def _see_host(self, storage: torch.UntypedStorage) -> Block:
+        """The block of a storage that stands for host memory: counted apart, not an event."""
         address = storage._cdata
         if address not in self._host:
             self._host[address] = Block(storage.nbytes(), "host memory", "activations")
             weakref.finalize(storage, self._host.pop, address, None)
-        return True
+        return self._host[address]
 
     def category_of(self, tensor: Tensor, site: str) -> Category:
         """What a new storage is, as far as its making shows; for those who know more of the model.
