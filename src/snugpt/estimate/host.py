@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from snugpt.estimate.timeline import Timeline
-from snugpt.units import MIB, round_up
+from snugpt.units import GIB, MIB, round_up
 
+GPU_HOST_BYTES = int(2.5 * GIB)  # resident with CUDA's libraries loaded; assumed
 SMALLEST_SLAB_BYTES, LARGEST_SLAB_BYTES = 2 * MIB, 256 * MIB
 ALIGNMENT_BYTES = 512  # where a tensor may begin in a slab, as on the device
 

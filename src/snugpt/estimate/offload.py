@@ -8,9 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snugpt.estimate.operations import Buffer
+from snugpt.estimate.parameters import all_weights
 from snugpt.estimate.stacks.snugpt import Part
+from snugpt.estimate.state_on_host import moves_state
 from snugpt.estimate.timeline import Event
 from snugpt.spec.memory import Phase
+from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.runtime import Runtime
+from snugpt.spec.shape import ModelShape
 
 SMALLEST_PART = 16  # what is smaller than this part of the layer's input stays on the device
 
@@ -43,6 +48,22 @@ class MovedLayers:
 
     def _of(self, layer: int) -> tuple[Buffer, ...]:
         return self.layers[layer] if 0 <= layer < len(self.layers) else ()
+
+
+def why_not_offload(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> str | None:
+    """What stands against moving anything to the host, or None."""
+    if runtime.device == "cpu":
+        return "on a CPU the host's memory is the device's own"
+    if recipe.sharding != "none":
+        return f"with sharding = {recipe.sharding!r} it was not derived"
+    if recipe.offload == "optimizer":
+        moves = any(moves_state(weight.elements) for weight in all_weights(shape))
+        return None if moves else "the model is so small that no state is worth a copy"
+    if recipe.compile == "on":
+        return "what a compiled layer keeps is out of its reach"
+    if shape.num_layers == 1:
+        return "what the last layer keeps stays on the device, and there is no other"
+    return None
 
 
 def moved_of(part: Part, *, recomputes: bool, entry_stays: bool) -> tuple[Buffer, ...]:

@@ -13,6 +13,7 @@ from snugpt.estimate.flops import forward_flops_per_token, muon_flops
 from snugpt.estimate.fp8 import more_kernels_per_layer
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.estimate.transfers import waiting_s
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -85,7 +86,8 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
-    return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer + copies
 
 
 def speed_estimate(
