@@ -19,6 +19,7 @@ from snugpt.estimate.fp8 import more_kernels_per_layer
 from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.estimate.transfers import waiting_s
 from snugpt.estimate.updating import FUSED_BYTES, Cost, Updating, update_cost
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
@@ -98,7 +99,8 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    return counted * time_factor(recipe, gpu.backend)
+    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    return counted * time_factor(recipe, gpu.backend) + copies
 
 
 def speed_estimate(

@@ -41,11 +41,13 @@ class Updating(NamedTuple):
     optimizer: Optimizer
     state_dtype: StateDtype
     weight_dtype: WeightDtype = "master"
+    on_host: bool = False  # the lever `offload = optimizer`
 
     @classmethod
     def of(cls, recipe: TrainingRecipe) -> Updating:
         """Those of a recipe."""
-        return cls(recipe.optimizer, recipe.state_dtype, recipe.weight_dtype)
+        on_host = recipe.offload == "optimizer"
+        return cls(recipe.optimizer, recipe.state_dtype, recipe.weight_dtype, on_host)
 
     def by_muon(self, name: str) -> bool:
         """Whether Muon takes a parameter, by its own name in the model."""
@@ -78,6 +80,16 @@ def optimizer_state(net: Net, weight: Weight, updating: Updating) -> list[Buffer
     moment = _moment(net, weight, stored, "AdamW moments", "AdamW scales", "parameters")
     counter = net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor")
     return [*moment, *moment, counter]
+
+
+def moment_bytes(weight: Weight, updating: Updating, elements: int) -> list[int]:
+    """The bytes of each tensor of the moments of some elements of a parameter, in their order."""
+    stored = stored_as(updating.state_dtype, weight.elements)
+    if stored == "int8":
+        each = [elements, elements // BLOCK_ELEMENTS * FP32]
+    else:
+        each = [elements * BYTES[stored]]
+    return each if updating.by_muon(weight.name) else 2 * each
 
 
 def _moment(

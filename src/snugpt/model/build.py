@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snugpt.estimate import parameters
 from snugpt.model.gpt import DTYPES, GPT
+from snugpt.model.offload import offload_activations
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -48,6 +49,8 @@ def build_for_training(
         seed=seed,
     )  # fmt: skip
     model.recompute_blocks = recipe.checkpoint == "blocks"
+    if recipe.offload == "activations":
+        offload_activations(model)
     for block in model.blocks:
         block.fp8 = recipe.fp8 == "on"
         block.made_again = recipe.selective_steps

@@ -12,6 +12,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -175,6 +176,7 @@ class GPT(nn.Module):
         self.angles = None if learned else rotary_angles(shape, self.dtype)
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.recompute_blocks = False  # the lever `checkpoint = blocks`
+        self.around_layer: Callable = stays  # the lever `offload = activations`
 
     def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float) -> Tensor:
         """`scale` x the summed cross-entropy in nats of `hidden`'s rows: (N, C), (B, T) -> ()."""
@@ -205,12 +207,13 @@ class GPT(nn.Module):
         inputs = self.layer_inputs(tokens, cache, start)
         x = self.embedded(tokens, start)
         for block in self.blocks:
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x = self.recomputed(block, x, inputs)
-            else:
-                attention, mlp = block.sublayers
-                x = attention(x, inputs)
-                x = mlp(x)
+            with self.around_layer(block, x):
+                if self.recompute_blocks and torch.is_grad_enabled():
+                    x = self.recomputed(block, x, inputs)
+                else:
+                    attention, mlp = block.sublayers
+                    x = attention(x, inputs)
+                    x = mlp(x)
         if cache is not None:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
@@ -264,6 +267,11 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The output projection (V, C): the embedding itself where they are tied."""
         return self.embedding if self.head is None else self.head
+
+
+def stays(block: Block, x: Tensor) -> AbstractContextManager:
+    """What a layer keeps stays on the device."""
+    return nullcontext()
 
 
 def empty(*sizes: int) -> nn.Parameter:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snugpt.estimate.updating import NEWTON_SCHULZ_STEPS, row_stretches, stretches
+from snugpt.estimate.updating import NEWTON_SCHULZ_STEPS, row_stretches
 from snugpt.model.parameter_wise import ParameterWise, store
 from snugpt.model.stored_state import Fp32, State
 
@@ -56,17 +56,17 @@ class Muon(ParameterWise):
 
     def _blend(self, weight: Tensor, beta: float, chance: torch.Generator) -> None:
         """Take the gradient into the momentum, and the momentum into the gradient."""
-        state, stored = self.state_of(weight), self.formats[weight]
+        stored = self.formats[weight]
         in_place = isinstance(stored, Fp32) and weight.dtype != torch.bfloat16
-        for stretch in stretches(weight.numel(), whole=in_place):
+        for stretch, state, moments in self.stretches_of(weight, whole=in_place):
             part = weight.grad.view(-1)[stretch]
             grad = part.float() if part.dtype == torch.bfloat16 else part
-            momentum = stored.read(state, MOMENTUM, stretch).lerp_(grad, 1 - beta)
+            momentum = stored.read(state, MOMENTUM, moments).lerp_(grad, 1 - beta)
             grad.lerp_(momentum, beta)
             if grad is not part:
                 part.copy_(grad)
             del grad
-            stored.write(state, MOMENTUM, stretch, momentum, chance)
+            stored.write(state, MOMENTUM, moments, momentum, chance)
             del momentum
 
 

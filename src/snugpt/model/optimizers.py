@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snugpt.estimate.state_on_host import stage_bytes
 from snugpt.estimate.updating import Updating, stored_as
 from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
 from snugpt.model.gpt import GPT
 from snugpt.model.muon import Muon
-from snugpt.model.parameter_wise import ParameterWise
+from snugpt.model.parameter_wise import WITHOUT_MEMORY, ParameterWise
+from snugpt.model.state_on_host import StateOnHost
 from snugpt.model.stored_state import Bf16, Format, Fp32, Int8, require_torchao
 from snugpt.spec.recipe import StateDtype, TrainingRecipe
 
@@ -62,7 +64,12 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
-    if recipe.steps_in_backward:
+    if updating.on_host:
+        on_host = StateOnHost(stage_bytes(model.shape, updating), model.embedding.device)
+        for optimizer in optimizers:
+            optimizer.on_host = on_host
+        place_states(optimizers, on_host)
+    if updating.on_host or recipe.steps_in_backward:
         make_states(optimizers)
     return optimizers
 
@@ -77,6 +84,17 @@ def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
         require_torchao()
     formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
     return {w: formats[stored_as(state_dtype, w.numel())] for w in model.parameters()}
+
+
+def place_states(optimizers: list[ParameterWise], on_host: StateOnHost) -> None:
+    """Lay all state that belongs there into host memory at once."""
+    on_host.place(
+        (optimizer.state[weight], optimizer.empty_state(weight, WITHOUT_MEMORY))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if optimizer.moves(weight)
+    )
 
 
 def make_states(optimizers: list[ParameterWise]) -> None:

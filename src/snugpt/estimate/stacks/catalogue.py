@@ -84,7 +84,7 @@ SNUGPT = Stack(
             "fp8": ("off", "on"),
             "compile": ("off", "on"),
             "sharding": ("none",),
-            "offload": ("none",),
+            "offload": ("none", "optimizer", "activations"),
             "compute_dtype": ("bf16", "fp32"),
             "launcher": ("python",),
         }
