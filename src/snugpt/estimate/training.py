@@ -6,7 +6,7 @@ for any number above one, because from the second on they are all alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from snugpt.estimate import kinds as kind
 from snugpt.estimate import scratch
 from snugpt.estimate.compiled import compiled_layer
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import all_weights, group_of, layer_weights
+from snugpt.estimate.shares import share_of
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
@@ -30,7 +30,14 @@ CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
 class TrainingStep:
     """Places the segments of one step; make one, call `timeline` once."""
 
-    def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        recipe: TrainingRecipe,
+        runtime: Runtime,
+        rank: int | None = None,
+    ) -> None:
+        self.share = share_of(shape, recipe, rank)
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
         self.net = Net(shape, runtime, recipe.compute_dtype, recipe.seq_len)
         self.chunk = recipe.chunk_tokens
@@ -71,7 +78,7 @@ class TrainingStep:
         self._release_gradients()
         self._place("optimizer", -1, [Event(-1, total)])
         self._evaluate()
-        resident = stack.resident(self.net, self.recipe.optimizer)
+        resident = self.share.resident(self.net, self.recipe)
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
@@ -171,13 +178,14 @@ class TrainingStep:
 
     def _clip(self) -> list[Event]:
         """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
-        num_tensors = sum(1 for _ in all_weights(self.shape))
+        gone = [Event(-1, grad) for name, grad in self._gradients() if name not in self.share.owns]
+        num_tensors = len(self.share.owns)
         each = self.net.fixed("gradient norms", "gradients", FP32, "4 per parameter tensor")
         stacked = self.net.fixed("gradient norms", "gradients", num_tensors * FP32, "tensors·4")
         total = self.net.fixed("gradient norms", "gradients", FP32, "4")
         norms = [Event(1, each)] * num_tensors
         return [
-            *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
+            *gone, *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
             *(Event(-1, norm) for _, norm in norms), Event(-1, total),
         ]  # fmt: skip
 
@@ -185,13 +193,8 @@ class TrainingStep:
         """Muon's transients, once per size of matrix; the fused AdamW has none."""
         if self.recipe.optimizer != "muon":
             return []
-        sizes = {
-            (w.rows, w.columns)
-            for layer in {k: self.kinds.index(k) for k in self.layers}.values()
-            for w in layer_weights(self.shape, layer).values()
-            if group_of(w.name) == "matrices"
-        }
-        return [e for rows, columns in sorted(sizes) for e in self._newton_schulz(rows, columns)]
+        sizes = sorted(self.share.matrices())
+        return [e for rows, columns in sizes for e in self._newton_schulz(rows, columns)]
 
     def _newton_schulz(self, rows: int, columns: int) -> list[Event]:
         """`optimizers.orthogonalised`: the matrix twice and two squares of its smaller side."""
@@ -218,6 +221,10 @@ class TrainingStep:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
         edges = ((self.norm, self.loss), self.embedding.operations)
         seen: set[str] = set()
+        if self.recipe.sharding == "optimizer":
+            kept = [Event(-1, grad) for name, grad in self._gradients() if name in self.share.owns]
+            self._place("optimizer", -1, kept)
+            return
         for operations in edges:
             events = []
             for weight, buffer in _weight_gradients(operations):
@@ -226,6 +233,17 @@ class TrainingStep:
                     events.append(Event(-1, buffer))
             self._place("optimizer", -1, events)
         self._place_layers("optimizer", _released, reverse=True)
+
+    def _gradients(self) -> Iterator[tuple[str, Buffer]]:
+        """Every weight by its name in the model, and the gradient that backward left of it."""
+        yield from {
+            weight.name: grad
+            for operations in (self.embedding.operations, (self.norm, self.loss))
+            for weight, grad in _weight_gradients(operations)
+        }.items()
+        for layer, mixes in enumerate(self.kinds):
+            for weight, grad in _weight_gradients(self.trained[mixes].operations):
+                yield f"blocks.{layer}.{weight.name}", grad
 
     def _evaluate(self) -> None:
         """`model.step.evaluate_batch` with the training's device batch, without gradients."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from snugpt.estimate import parameters
-from snugpt.model.gpt import DTYPES, GPT
+from snugpt.estimate.sharding import row_range
+from snugpt.model.gpt import DTYPES, GPT, rotary_angles
+from snugpt.model.ranks import Alone, OwnedStates, Replicated
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -39,13 +42,51 @@ def build_for_training(
     seed: int | None = None,
 ) -> GPT:
     """Return the model with the levers of a recipe set that the model itself has."""
-    model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
+    if recipe.sharding == "full":
+        model = sharded(shape, recipe, runtime, device, seed)
+    else:
+        model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
+    model.ranks = ranks_of(model, recipe)
     model.recompute_blocks = recipe.checkpoint == "blocks"
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 
         compile_sublayers(model)
     return model
+
+
+def sharded(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    runtime: Runtime,
+    device: torch.device | str,
+    seed: int | None,
+) -> GPT:
+    """Return a model of which this rank holds its rows only; never a whole copy, not even here."""
+    from snugpt.model.fully_sharded import shard_weights  # FSDP2 is slow to import
+
+    model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
+    shard_weights(model, recipe)
+    model.to_empty(device=device)
+    if model.angles is not None:
+        with torch.device(device):
+            model.angles = rotary_angles(shape, model.dtype)
+    if seed is not None:
+        set_weights(model, seed)
+    return model
+
+
+def ranks_of(model: GPT, recipe: TrainingRecipe) -> Alone:
+    """What stands beside a model that trains by `recipe`; the process group is there by then."""
+    if recipe.world_size == 1:
+        return Alone()
+    if recipe.sharding == "none":
+        return Replicated()
+    if recipe.sharding == "optimizer":
+        return OwnedStates(model, recipe)
+    from snugpt.model.fully_sharded import FullySharded  # FSDP2 is slow to import
+
+    return FullySharded(model, recipe)
 
 
 def build_for_generation(shape: ModelShape, runtime: Runtime, weight_dtype: str, device) -> GPT:
@@ -73,7 +114,14 @@ def set_weights(model: GPT, seed: int) -> None:
     """
     generator = torch.Generator(model.embedding.device).manual_seed(seed)
     for name, weight in model.named_parameters():
-        _set_weight(name.rsplit(".", 1)[-1], weight, model.shape, generator)
+        leaf = name.rsplit(".", 1)[-1]
+        if model.calls_blocks:  # every rank draws the whole weight and keeps its rows
+            whole = torch.empty(weight.shape, device=weight.device)
+            _set_weight(leaf, whole, model.shape, generator)
+            begin, end = row_range(weight.shape[0], dist.get_rank(), dist.get_world_size())
+            weight.to_local().copy_(whole[begin:end])
+        else:
+            _set_weight(leaf, weight, model.shape, generator)
 
 
 def _set_weight(leaf: str, weight: Tensor, shape: ModelShape, generator: torch.Generator) -> None:

@@ -5,6 +5,8 @@ State per parameter: Muon one fp32 momentum (4 bytes), AdamW two fp32 moments (8
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ ADAMW_EPS = 1e-8
 EMBEDDING_RATE, VALUE_EMBEDDING_RATE, HEAD_RATE = 30.0, 15.0, 1.0
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon (Jordan et al., 2024)
+
+
+Whole = Callable[[Tensor, Tensor], tuple[Tensor, slice]]  # see `FullySharded.whole`
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,9 +39,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype | None = None,
+        whole: Whole | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the iteration; None is the weights' own
+        self.whole = whole  # gathers a matrix of which the parameter is some rows
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -50,10 +57,14 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(weight)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalised(grad.lerp_(momentum, group["momentum"]), self.dtype)
+        blend = grad.lerp_(momentum, group["momentum"])
+        matrix, rows = blend, slice(None)
+        if self.whole is not None:
+            matrix, rows = self.whole(weight, blend.to(self.dtype or blend.dtype))
+        update = orthogonalised(matrix, self.dtype)[rows]
         # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
         # raised.
-        raised = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+        raised = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"] * raised)
 
@@ -81,7 +92,7 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[torch.optim.Optim
     """The optimizers of a recipe; together they own every parameter once."""
     schedule = recipe.schedule
     groups: dict[str, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    for name, weight in model.ranks.parameters(model).items():
         groups.setdefault(group_of(name), []).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.optimizer == "muon":
@@ -92,6 +103,7 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[torch.optim.Optim
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
                 dtype=torch.bfloat16 if on_cuda else None,
+                whole=model.ranks.whole,
             )
         )
     scales = {"embedding": EMBEDDING_RATE, "value_embedding": VALUE_EMBEDDING_RATE}

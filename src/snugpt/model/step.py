@@ -32,15 +32,17 @@ def step(
     here waits for the device.
     """
     total = torch.zeros((), device=model.embedding.device)
-    scale = recipe.world_size / recipe.total_batch_tokens
+    scale = 1 / recipe.total_batch_tokens  # of all ranks, so that their sum is the mean
     for micro_step in range(recipe.grad_accum_steps):
         mark("forward")
         total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
     mark("clip")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
+    model.ranks.reduce(model, total)
+    model.ranks.clip(model, recipe.schedule.clip_norm)
     mark("optimizer")
     for optimizer in optimizers:
         optimizer.step()
+    model.ranks.spread(model)
     model.zero_grad(set_to_none=True)
     return total
 

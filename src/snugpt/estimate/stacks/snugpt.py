@@ -159,11 +159,11 @@ def _stored(net: Net, weights: dict[str, Weight], optimizer: str | None) -> list
         name, size = f"weights: {group_of(weight.name)}", weight.elements * width
         buffers.append(net.fixed(name, "weights", size, f"parameters·{width}"))
         if optimizer:
-            buffers += _optimizer_state(net, weight, optimizer)
+            buffers += optimizer_state(net, weight, optimizer)
     return buffers
 
 
-def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
+def optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
     """Muon: one fp32 momentum per matrix. AdamW: two fp32 moments and a 4-byte counter."""
     size = weight.elements * FP32
     if optimizer == "muon" and group_of(weight.name) == "matrices":
