@@ -295,7 +295,7 @@ def _interrupted(line: str, number: signal.Signals) -> Done:
 def test_a_signal_saves_and_the_command_it_prints_goes_on_to_the_same_end(
     door: Door, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("snugpt.run.train.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", 0.0)
     line = TRAIN.replace("--num-iterations 3", "--num-iterations 400 --save-every 1000")
     stopped = _interrupted(line, signal.Signals[name])
     assert stopped.code == 128 + signal.Signals[name], stopped.err

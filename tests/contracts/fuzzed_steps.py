@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from msgspec.structs import replace
 from recorder import SCHEDULE
 
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
@@ -76,7 +77,7 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         loss_chunk_tokens=chunk,
         checkpoint=draw.choice(["none", "blocks"]),
         optimizer=draw.choice(["muon", "adamw"]),
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
     )
 
 

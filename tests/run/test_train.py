@@ -11,10 +11,12 @@ import torch
 from tiny_plan import Seen, run_tiny, tiny_plan, write_text
 from tiny_training import exit_code_of, fork
 
+import snugpt.run.saving as saving
 import snugpt.run.train as training
 from snugpt.errors import DoesNotFitError, FailedError
 from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.ledger.store import read_all
+from snugpt.run.reports import Notice, StepReport
 from snugpt.run.run_folder import RunFolder
 from snugpt.spec.measurement import Measurement, measurement_from_json
 from snugpt.spec.plan import Plan
@@ -29,7 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", 0.0)
 
 
 def logged(folder: RunFolder, kind: str) -> list[int]:
@@ -103,7 +105,7 @@ def test_every_step_is_evaluated_and_saved_where_the_plan_says_so(tmp_path, text
     saved = sorted(path.name for path in result.folder.checkpoints.iterdir())
     assert saved == ["step-00000003", "step-00000004"]
     assert_predicted(plan, result.measurement)
-    assert [r.step for r in seen.of(training.StepReport)] == [1, 2, 3, 4]
+    assert [r.step for r in seen.of(StepReport)] == [1, 2, 3, 4]
 
 
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path: Path, text: Path) -> None:
@@ -113,8 +115,8 @@ def test_a_finished_run_says_so_and_takes_no_step(tmp_path: Path, text: Path) ->
     second = run_tiny(plan, tmp_path / "run", seen)
     assert (second.finished, second.steps, second.measurement) == (True, 3, None)
     assert second.bits_per_byte == first.bits_per_byte
-    assert seen[-1] == training.Notice(text="finished before, after step 3")
-    assert not seen.of(training.StepReport)
+    assert seen[-1] == Notice(text="finished before, after step 3")
+    assert not seen.of(StepReport)
     assert first.folder.metrics_file.read_bytes() == metrics
 
 
@@ -155,7 +157,7 @@ def test_two_trainers_in_one_folder_are_refused(tmp_path: Path, text: Path) -> N
             run_tiny(plan, tmp_path / "run")
 
     def watcher(report) -> None:
-        if isinstance(report, training.StepReport) and report.step == 2:
+        if isinstance(report, StepReport) and report.step == 2:
             exit_codes.append(exit_code_of(fork(second)))
 
     assert run_tiny(plan, tmp_path / "run", watcher).finished
@@ -178,17 +180,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_one_notice(tmp_path, te
     damaged[-1] ^= 1
     (newest / "model.safetensors").write_bytes(damaged)
     result = run_tiny(plan, tmp_path / "run", seen)
-    texts = [notice.text for notice in seen.of(training.Notice)]
+    texts = [notice.text for notice in seen.of(Notice)]
     assert len([line for line in texts if "damaged" in line]) == 1
     assert "resumed after step 4" in texts
     assert result.finished
-    assert [r.step for r in seen.of(training.StepReport)] == [5, 6]
+    assert [r.step for r in seen.of(StepReport)] == [5, 6]
     assert (newest / "model.safetensors").read_bytes() == wanted
 
 
 def fail_at_save_of(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The disk is full when these steps are saved: the write of a tensor fails."""
-    save = training.save_checkpoint
+    save = saving.save_checkpoint
 
     def full(*arguments, **named):
         raise OSError(28, "No space left on device")
@@ -199,7 +201,7 @@ def fail_at_save_of(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
                 disk.setattr("snugpt.run.manifest.durable_file", full)
             return save(folder, step, *rest)
 
-    monkeypatch.setattr(training, "save_checkpoint", saved)
+    monkeypatch.setattr(saving, "save_checkpoint", saved)
 
 
 def test_a_full_disk_at_a_save_on_the_way_costs_a_notice(tmp_path, text, monkeypatch) -> None:
@@ -207,7 +209,7 @@ def test_a_full_disk_at_a_save_on_the_way_costs_a_notice(tmp_path, text, monkeyp
     fail_at_save_of(monkeypatch, 4)
     seen = Seen()
     result = run_tiny(tiny_plan(text, "gpt2"), tmp_path / "run", seen)
-    texts = [notice.text for notice in seen.of(training.Notice)]
+    texts = [notice.text for notice in seen.of(Notice)]
     assert [t for t in texts if "No space left" in t and t.endswith("training goes on")]
     assert len([t for t in texts if "could not save step 4" in t]) == 1
     steps = sorted(path.name for path in result.folder.checkpoints.iterdir())
@@ -226,7 +228,7 @@ def test_a_full_disk_at_the_last_save_fails_and_keeps_the_one_before(
     assert caught.value.exit_code == 1
     monkeypatch.undo()
     assert run_tiny(plan, tmp_path / "run", seen).finished
-    assert "resumed after step 4" in [notice.text for notice in seen.of(training.Notice)]
+    assert "resumed after step 4" in [notice.text for notice in seen.of(Notice)]
 
 
 def test_metrics_and_ledger_that_can_not_be_written_cost_notices_not_the_run(
@@ -237,7 +239,7 @@ def test_metrics_and_ledger_that_can_not_be_written_cost_notices_not_the_run(
     seen = Seen()
     result = run_tiny(tiny_plan(text, steps=4), tmp_path / "run", seen)
     assert result.finished
-    texts = [notice.text for notice in seen.of(training.Notice)]
+    texts = [notice.text for notice in seen.of(Notice)]
     assert len([line for line in texts if "metrics.jsonl" in line]) == 1
     assert len([line for line in texts if line.startswith("measurement not kept")]) == 1
     assert result.folder.measurement_file.is_file()
@@ -253,15 +255,15 @@ def test_a_loss_that_is_no_number_fails_and_keeps_earlier_checkpoints(
         run_tiny(plan, tmp_path / "run")
     assert "learning-rate" in (caught.value.hint or "")
     monkeypatch.undo()
-    monkeypatch.setattr(training, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", 0.0)
     seen = Seen()
     result = run_tiny(plan, tmp_path / "run", seen)
     assert math.isfinite(result.bits_per_byte)
-    assert seen.of(training.StepReport)[0].step == steps  # goes on behind the sound checkpoint
+    assert seen.of(StepReport)[0].step == steps  # goes on behind the sound checkpoint
 
 
 def test_weights_that_are_no_number_are_never_saved(tmp_path, text, monkeypatch) -> None:
-    monkeypatch.setattr(training, "LOG_EVERY_S", math.inf)  # the loss is not looked at
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", math.inf)  # the loss is not looked at
     spoil(monkeypatch, after_step=3, loss=False)
     with pytest.raises(FailedError, match="norm of the weights is nan after step 4"):
         run_tiny(tiny_plan(text, save_every_steps=2), tmp_path / "run")

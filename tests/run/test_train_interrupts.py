@@ -12,12 +12,12 @@ import pytest
 from test_train_kills import STEPS, assert_same_run
 from tiny_plan import Seen, run_tiny, tiny_plan, write_text
 
-import snugpt.run.train as training
+from snugpt.run.reports import StepReport
 
 
 @pytest.fixture(autouse=True)
 def _every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", 0.0)
 
 
 def after(number: int, call: Callable, name: str) -> Callable:
@@ -43,7 +43,7 @@ STAGES = {
     "metered step": ("snugpt.model.gpt.GPT.loss", 3, 2),
     "step": ("snugpt.model.gpt.GPT.loss", 9, 5),
     "evaluation": ("snugpt.run.evaluate.evaluate_batch", 5, 6),  # one metered, three of step 3
-    "save": ("snugpt.run.train.save_checkpoint", 2, 4),
+    "save": ("snugpt.run.saving.save_checkpoint", 2, 4),
     "last step": ("snugpt.model.gpt.GPT.loss", 2 * STEPS, STEPS),
     "last evaluation": ("snugpt.run.evaluate.evaluate_batch", 11, STEPS),
 }
@@ -68,7 +68,7 @@ def test_a_run_stopped_at_every_stage_saves_and_goes_on_exactly(
         resumed = run_tiny(plan, path, seen)
         assert resumed.interrupted_by is None
         assert resumed.finished
-        assert len(seen.of(training.StepReport)) == STEPS - steps, stage
+        assert len(seen.of(StepReport)) == STEPS - steps, stage
         assert resumed.bits_per_byte is not None
         assert_same_run(resumed.folder, whole, state=steps < STEPS)
 

@@ -18,7 +18,9 @@ from tiny_training import exit_code_of, fork
 
 import snugpt.data.prepare
 import snugpt.run.evaluate
+import snugpt.run.saving
 import snugpt.run.train
+from snugpt.model.adamw import AdamW
 from snugpt.model.gpt import GPT
 from snugpt.run.run_folder import RunFolder
 
@@ -33,15 +35,15 @@ MOMENTS: tuple[tuple[Any, str, int, str], ...] = (
     (snugpt.data.prepare, "_encode", 1, "after"),
     (snugpt.run.train, "build_for_training", 1, "before"),
     (GPT, "loss", 2, "before"),
-    (snugpt.run.train, "save_checkpoint", 1, "before"),
+    (snugpt.run.saving, "save_checkpoint", 1, "before"),
     (Path, "rename", 1, "before"),
     (Path, "rename", 1, "after"),  # of step 2, which so is the first that is kept
     (snugpt.run.evaluate, "evaluate_batch", 2, "after"),
     (RunFolder, "log", 2, "after"),
-    (snugpt.run.train, "save_checkpoint", 1, "after"),  # step 4
+    (snugpt.run.saving, "save_checkpoint", 1, "after"),  # step 4
     (torch.nn.utils, "clip_grad_norm_", 2, "after"),
-    (torch.optim.AdamW, "step", 2, "before"),
-    (snugpt.run.train, "save_checkpoint", 2, "after"),  # steps 6 and 8
+    (AdamW, "step", 2, "before"),
+    (snugpt.run.saving, "save_checkpoint", 2, "after"),  # steps 6 and 8
     (snugpt.run.train, "restore", 1, "after"),
     (snugpt.run.train, "bits_per_byte", 2, "after"),
 )
@@ -50,7 +52,7 @@ MOMENTS: tuple[tuple[Any, str, int, str], ...] = (
 @pytest.fixture(autouse=True)
 def _every_step_is_logged_on_one_thread(monkeypatch: pytest.MonkeyPatch):
     """Forks copy no worker threads, so there are none to miss."""
-    monkeypatch.setattr("snugpt.run.train.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("snugpt.run.progress.LOG_EVERY_S", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

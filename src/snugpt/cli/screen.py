@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import click
 
+from snugpt.planner.levers import SEARCHED, in_words
 from snugpt.spec.plan import Alternative, Plan
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
 from snugpt.units import GIB, count, duration, gib, plural
@@ -18,7 +19,7 @@ COLUMNS = 79
 LABEL = 9
 SHADES = "█▓▒░"
 REST_SHADE, DOUBT, FREE = "▚", "╌", " "
-SHOWN_REASONS = ("depth", "compute_dtype", "optimizer", "vocab_size")
+SHOWN_REASONS = ("depth", "compute_dtype", "optimizer", "vocab_size", *SEARCHED)
 
 
 def colour() -> bool | None:
@@ -190,15 +191,14 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 def _choices(plan: Plan, recipe: TrainingRecipe) -> Iterator[str]:
     why = plan.reasons.get("device_batch_size", plan.reasons.get("checkpoint", "pinned"))
-    yield from row(
-        "chosen",
-        f"device_batch_size {recipe.device_batch_size}, checkpoint {recipe.checkpoint}: {why}",
-    )
+    levers = ", ".join([f"device_batch_size {recipe.device_batch_size}", *in_words(recipe)])
+    yield from row("chosen", f"{levers}: {why}")
     values = {
         "depth": plan.shape.num_layers,
         "compute_dtype": recipe.compute_dtype,
         "optimizer": recipe.optimizer,
         "vocab_size": plan.shape.vocab_size,
+        **{lever: getattr(recipe, lever) for lever in SEARCHED},
     }
     if not plan.fits:
         return

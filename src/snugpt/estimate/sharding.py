@@ -65,18 +65,16 @@ def row_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
 def pieces(
     shape: ModelShape, optimizer: Optimizer, sharding: Sharding, world_size: int
 ) -> tuple[Piece, ...]:
-    """Return every piece of the model, by weight and row; one per weight where nothing is cut.
+    """Return every piece of a model whose state is sharded, by weight and row.
 
-    The same on every rank. Where state is not sharded all pieces are everybody's: owner 0.
+    The same on every rank.
     """
     found: dict[str, list[Piece]] = {}
     whole: list[tuple[str, Weight]] = []
     for name, weight in named_weights(shape):
         by_muon = optimizer == "muon" and group_of(weight.name) == "matrices"
         uncut = by_muon or weight.rows < world_size
-        if sharding == "none":
-            found[name] = [_whole(name, weight, 0)]
-        elif sharding == "optimizer" and uncut:
+        if sharding == "optimizer" and uncut:
             whole.append((name, weight))
             found[name] = []
         else:
@@ -114,8 +112,6 @@ def _torch_rows(weight: Weight) -> int:
 def heaviest_rank(shape: ModelShape, recipe: TrainingRecipe) -> int:
     """The rank that keeps the most optimizer state: the one a plan has to fit."""
     kept = [0] * recipe.world_size
-    if recipe.sharding == "none":
-        return 0
     for piece in pieces_of(shape, recipe):
         kept[piece.owner] += piece.elements * moments(piece.weight, recipe.optimizer)
     return kept.index(max(kept))

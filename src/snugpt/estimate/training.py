@@ -11,13 +11,14 @@ from dataclasses import replace
 from functools import partial
 
 from snugpt.estimate import kinds as kind
-from snugpt.estimate import scratch
 from snugpt.estimate.compiled import compiled_layer
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
-from snugpt.estimate.shares import share_of
+from snugpt.estimate.parameters import group_of
+from snugpt.estimate.shares import Share
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
+from snugpt.estimate.updating import Updating, update
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
 from snugpt.spec.memory import Phase
 from snugpt.spec.recipe import TrainingRecipe
@@ -37,9 +38,11 @@ class TrainingStep:
         runtime: Runtime,
         rank: int | None = None,
     ) -> None:
-        self.share = share_of(shape, recipe, rank)
+        self.share = Share(shape, recipe, rank)
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
-        self.net = Net(shape, runtime, recipe.compute_dtype, recipe.seq_len)
+        self.net = Net(
+            shape, runtime, recipe.compute_dtype, recipe.seq_len, weight_dtype=recipe.weight_dtype
+        )
         self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
@@ -60,6 +63,10 @@ class TrainingStep:
         )
         self.recomputes = recipe.checkpoint == "blocks"
         self.random_states = self._random_states()
+        self.updating = Updating.of(recipe)
+        self.updates = (
+            partial(update, self.net, updating=self.updating) if recipe.steps_in_backward else None
+        )
         self.placed: list[Placed] = []
         self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
         for part in self.layers.values():
@@ -73,12 +80,16 @@ class TrainingStep:
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
-        self._place("clip", -1, self._clip())
-        self._place("optimizer", -1, self._matrix_updates())
-        self._release_gradients()
-        self._place("optimizer", -1, [Event(-1, total)])
+        if self.share.is_part:
+            self._place("clip" if self.recipe.clips else "optimizer", -1, self._let_go(own=False))
+        if self.recipe.clips:
+            self._place("clip", -1, self._clip())
+        if self.updates is None:
+            self._place("optimizer", -1, self._updates_by_size())
+            self._release_gradients()
+        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
         self._evaluate()
-        resident = self.share.resident(self.net, self.recipe)
+        resident = self.share.resident(self.net, self.updating)
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
@@ -149,7 +160,7 @@ class TrainingStep:
 
     def _backward(self, *, first: bool) -> None:
         tied = {"embedding": 2} if self.shape.tied_embeddings else {}
-        walk = Walk(first, tied)
+        walk = Walk(first, tied, self.updates)
         # The gradient of the loss itself, 1: the caller holds it until all of backward is done.
         root = self.net.fixed("loss", "logits", FP32, "4")
         events, left = walk.backward([self.norm, self.loss], self.stream, root, incoming_stays=True)
@@ -165,7 +176,7 @@ class TrainingStep:
         events += recompute(part.operations, part.entry) if self.recomputes else []
         events += [Event(-1, state) for state in self.random_states[1:]]
         hold = self.recomputes and not entry_is_kept
-        backward, left = Walk(first).backward(
+        backward, left = Walk(first, update=self.updates).backward(
             part.operations, part.entry, self.gradient,
             hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
@@ -178,52 +189,27 @@ class TrainingStep:
 
     def _clip(self) -> list[Event]:
         """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
-        gone = [Event(-1, grad) for name, grad in self._gradients() if name not in self.share.owns]
-        num_tensors = len(self.share.owns)
+        num_tensors = self.share.num_tensors
         each = self.net.fixed("gradient norms", "gradients", FP32, "4 per parameter tensor")
         stacked = self.net.fixed("gradient norms", "gradients", num_tensors * FP32, "tensors·4")
         total = self.net.fixed("gradient norms", "gradients", FP32, "4")
         norms = [Event(1, each)] * num_tensors
         return [
-            *gone, *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
+            *norms, Event(1, stacked), Event(1, total), Event(-1, stacked),
             *(Event(-1, norm) for _, norm in norms), Event(-1, total),
         ]  # fmt: skip
 
-    def _matrix_updates(self) -> list[Event]:
-        """Muon's transients, once per size of matrix; the fused AdamW has none."""
-        if self.recipe.optimizer != "muon":
-            return []
-        sizes = sorted(self.share.matrices())
-        return [e for rows, columns in sizes for e in self._newton_schulz(rows, columns)]
-
-    def _newton_schulz(self, rows: int, columns: int) -> list[Event]:
-        """`optimizers.orthogonalised`: the matrix twice and two squares of its smaller side."""
-        width = 2 if self.net.cuda else FP32
-        small = min(rows, columns)
-
-        def made(elements: int, text: str) -> Buffer:
-            return self.net.fixed("Muon scratch", "optimizer", elements * width, f"{text}·{width}")
-
-        cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
-        gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
-        first = (cast,) if self.net.cuda else ()
-        turned = not self.net.cuda and rows > columns
-        sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
-        copied = tuple(self.net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)
-        return sequence(
-            (
-                *first, x, *first, gram, polynomial, gram, following, *copied, *copied,
-                x, polynomial, following,
-            )
-        )  # fmt: skip
+    def _updates_by_size(self) -> list[Event]:
+        """The update of one parameter of each size: what the others of that size take again."""
+        sizes = {(group_of(w.name), w.rows, w.columns): w for w in self.share.some_weights()}
+        return [e for _, w in sorted(sizes.items()) for e in update(self.net, w, self.updating)]
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
         edges = ((self.norm, self.loss), self.embedding.operations)
         seen: set[str] = set()
-        if self.recipe.sharding == "optimizer":
-            kept = [Event(-1, grad) for name, grad in self._gradients() if name in self.share.owns]
-            self._place("optimizer", -1, kept)
+        if self.share.is_part:
+            self._place("optimizer", -1, self._let_go(own=True))
             return
         for operations in edges:
             events = []
@@ -233,6 +219,12 @@ class TrainingStep:
                     events.append(Event(-1, buffer))
             self._place("optimizer", -1, events)
         self._place_layers("optimizer", _released, reverse=True)
+
+    def _let_go(self, *, own: bool) -> list[Event]:
+        """The gradients of which this rank owns something, or of which it owns nothing."""
+        return [
+            Event(-1, grad) for name, grad in self._gradients() if (name in self.share.owns) == own
+        ]
 
     def _gradients(self) -> Iterator[tuple[str, Buffer]]:
         """Every weight by its name in the model, and the gradient that backward left of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.draft import Draft
-from snugpt.planner.levers import difference, is_exact
+from snugpt.planner.levers import EXACT, SEARCHED, difference, is_exact
 from snugpt.planner.search import TIE_SHARE, Candidate, Choice
 from snugpt.spec.plan import Rejection, Rung
 from snugpt.spec.recipe import LEVERS, TrainingRecipe
@@ -41,6 +41,10 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
     for field in chosen:
         if getattr(asked, field) is None:
             reasons[field] = goal
+    for lever, default in SEARCHED.items():
+        if getattr(asked, lever) is None and getattr(recipe, lever) != default:
+            why = "no exact set of levers fits" if lever in EXACT else "nothing on the card fits"
+            reasons[lever] = "smallest peak" if asked.objective == "memory" else why
     if asked.loss_chunk_tokens is None and recipe.loss == "chunked":
         reasons["loss_chunk_tokens"] = "logits of a chunk take at most 128 MiB"
     if asked.optimizer is None:
@@ -58,11 +62,11 @@ def rejections(draft: Draft, choice: Choice) -> tuple[Rejection, ...]:
     larger = [
         each
         for each in draft.found
-        if difference(_training(each), chosen)[:-1] == []
+        if not difference(_training(each), chosen)
         and _training(each).device_batch_size > chosen.device_batch_size
     ]
     found = [_rejected(draft, choice, each) for each in larger[-MOST_REJECTIONS:][::-1]]
-    other = [each for each in draft.found if difference(_training(each), chosen)[:-1]]
+    other = [each for each in draft.found if difference(_training(each), chosen)]
     best = min(
         (each for each in other if each.process_bytes <= draft.capacity_bytes),
         key=lambda each: each.step_s,
@@ -117,7 +121,8 @@ def _levers(recipe: TrainingRecipe) -> dict[str, str | int]:
 def _rejected(draft: Draft, choice: Choice, each: Candidate) -> Rejection:
     chosen, recipe = choice.recipe, _training(each)
     assert isinstance(chosen, TrainingRecipe)
-    change = ", ".join(difference(recipe, chosen))
+    batch = f"device_batch_size {recipe.device_batch_size}"
+    change = ", ".join([*difference(recipe, chosen), batch])
     factor = each.step_s / choice.step_s
     if each.process_bytes > draft.capacity_bytes:
         name, size = _largest(draft, recipe)

@@ -21,6 +21,8 @@ LeverSet = dict[str, Any]  # by the names of a recipe's fields
 Tier = tuple[LeverSet, ...]
 # What changes the arithmetic, and its value that does not.
 EXACT: dict[str, str] = {"state_dtype": "fp32", "weight_dtype": "master", "fp8": "off"}
+# The levers that are searched beside checkpointing, and where they start.
+SEARCHED = {"offload": "none", "weight_dtype": "master", "state_dtype": "fp32"}
 
 
 def tiers(question: Question, shape: ModelShape) -> Iterator[Tier]:
@@ -55,17 +57,29 @@ def is_exact(recipe: TrainingRecipe) -> bool:
     return all(getattr(recipe, lever) == value for lever, value in EXACT.items())
 
 
+def in_words(recipe: TrainingRecipe) -> list[str]:
+    """The way to checkpoint, and every other searched lever that is not at its default."""
+    words = [f"checkpoint {recipe.checkpoint}"]
+    if recipe.selective_steps:
+        words[0] += f" ({','.join(recipe.selective_steps)})"
+    for lever, default in SEARCHED.items():
+        value = getattr(recipe, lever)
+        if value != default:
+            words.append(f"{lever} {value}" + (", inexact" if lever in EXACT else ""))
+    return words
+
+
 def difference(recipe: TrainingRecipe, other: TrainingRecipe) -> list[str]:
-    """The levers of `recipe` that `other` has otherwise, in words; its batch comes last."""
-    words = [
+    """The searched levers of `recipe` that `other` has otherwise, in words."""
+    words = []
+    if (recipe.checkpoint, recipe.selective_steps) != (other.checkpoint, other.selective_steps):
+        words += in_words(recipe)[:1]
+    words += [
         f"{lever} {getattr(recipe, lever)}"
-        for lever in ("checkpoint", "offload", "weight_dtype", "state_dtype")
+        for lever in SEARCHED
         if getattr(recipe, lever) != getattr(other, lever)
     ]
-    if recipe.selective_steps and recipe.selective_steps != other.selective_steps:
-        steps = f"selective_steps {','.join(recipe.selective_steps)}"
-        words = [steps if word.startswith("checkpoint") else word for word in words] or [steps]
-    return [*words, f"device_batch_size {recipe.device_batch_size}"]
+    return words
 
 
 def _values(question: Question, lever: str) -> tuple[str, ...]:
@@ -73,20 +87,21 @@ def _values(question: Question, lever: str) -> tuple[str, ...]:
     return find_stack(question.stack).levers[lever] if pinned is None else (pinned,)
 
 
+def ways_to_checkpoint(shape: ModelShape) -> list[LeverSet]:
+    """Nothing again, each worthwhile set of steps again, whole blocks again: fastest first."""
+    return [
+        {"checkpoint": "none", "selective_steps": ()},
+        {"checkpoint": "blocks", "selective_steps": ()},
+    ]
+
+
 def _checkpoints(question: Question, shape: ModelShape) -> list[LeverSet]:
-    """The ways to checkpoint, fastest first, each with the steps it makes again."""
-    pinned = _pinned_steps(question)
-    ways = _values(question, "checkpoint")
-    if pinned and question.checkpoint is None:
-        ways = ("selective",)
-    found: list[LeverSet] = []
-    for way in ways:
-        if way != "selective":
-            found.append({"checkpoint": way, "selective_steps": ()})
-            continue
-        sets = [pinned] if pinned else []
-        found += [{"checkpoint": way, "selective_steps": steps} for steps in sets]
-    return found
+    """The ways to checkpoint that a question leaves open."""
+    steps = _pinned_steps(question)
+    if steps:
+        return [{"checkpoint": "selective", "selective_steps": steps}]
+    allowed = _values(question, "checkpoint")
+    return [way for way in ways_to_checkpoint(shape) if way["checkpoint"] in allowed]
 
 
 def _pinned_steps(question: Question) -> tuple[SelectiveStep, ...]:

@@ -8,9 +8,6 @@ and resumed takes the same steps as one that was not.
 
 from __future__ import annotations
 
-import math
-import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,28 +17,22 @@ import torch
 
 from snugpt.data.loader import TrainingLoader, ValidationLoader
 from snugpt.data.prepare import PreparedData
-from snugpt.errors import DoesNotFitError, FailedError
-from snugpt.estimate.flops import training_flops_per_token
-from snugpt.estimate.parameters import num_parameters
+from snugpt.errors import DoesNotFitError
 from snugpt.model.build import build_for_training
 from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step as take_step
-from snugpt.run.checkpoint import (
-    DISK_MARGIN_BYTES,
-    Checkpoint,
-    load_newest,
-    restore,
-    save_checkpoint,
-)
+from snugpt.run.checkpoint import Checkpoint, load_newest, restore
 from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.interrupt import Interrupt
 from snugpt.run.learning_rate import rate_factor, set_rates
+from snugpt.run.progress import Progress
 from snugpt.run.readiness import runnable
 from snugpt.run.receipt import MemoryMeter
-from snugpt.run.reports import EvaluationReport, Notice, StepReport, TrainingResult, Watcher
+from snugpt.run.reports import Notice, TrainingResult, Watcher
 from snugpt.run.run_folder import RunFolder, training_recipe
 from snugpt.run.run_lock import run_lock
+from snugpt.run.saving import Saver
 from snugpt.run.training_text import prepare_data
 from snugpt.run.watch import is_out_of_memory
 from snugpt.spec.measurement import Measurement, Outcome
@@ -50,9 +41,7 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import runtime_for
 from snugpt.units import gib
 
-SMALLEST_STATE_BYTES = 8  # per parameter: an fp32 weight and at least one fp32 moment
 METERED_STEPS = 2  # of a new run: optimizer state exists from the second step on
-LOG_EVERY_S = 1.0
 
 
 def train(
@@ -101,13 +90,10 @@ class _Run:
         self.data, self.interrupt, self.watcher = data, interrupt, watcher
         self.device = torch.device("cuda" if plan.gpu.backend == "cuda" else "cpu")
         self.meter = MemoryMeter(self.device)
+        self.progress = Progress(plan, recipe, folder, self.meter, watcher)
+        self.saver = Saver(folder, data, watcher)
         self.step = 0
         self.bits_per_byte: float | None = None
-        self.loss: float | None = None
-        self.train_s = 0.0  # in steps after the metered ones, without evaluation and saving
-        self.timed_steps = 0
-        self.logged_s = time.perf_counter()
-        self.metrics_lost = False
 
     def to_the_end(self, ledger_folder: Path, argv: Sequence[str]) -> TrainingResult:
         """Build, restore, take every step that is left, save, and write the receipt."""
@@ -115,7 +101,8 @@ class _Run:
             self.folder.checkpoints, warn=lambda line: self.watcher(Notice(text=line))
         )
         if found is not None:
-            self._take_over(found)
+            self.saver.refuse_other_text(found)
+            self.step, self.bits_per_byte = found.step, found.state.get("bits_per_byte")
             if self.step >= self.recipe.num_steps and self._was_evaluated():
                 self.watcher(Notice(text=f"finished before, after step {self.step}"))
                 return self._result(None)
@@ -126,12 +113,12 @@ class _Run:
                 raise
             self._receipt(ledger_folder, argv, outcome="oom")
             raise self._out_of_memory() from error
-        self._save()
+        self.saver.save(self.step, self.model, self.optimizers, **self._state())
         measurement = self._receipt(ledger_folder, argv) if self.meter.complete else None
         return self._result(measurement)
 
     def _take_every_step(self, found: Checkpoint | None) -> None:
-        self._refuse_full_disk()
+        self.saver.refuse_full_disk(self.plan.shape)
         try:
             self.meter.start()
             self._build(found)
@@ -139,16 +126,6 @@ class _Run:
         finally:
             self.meter.stop()
         self._steps()
-
-    def _refuse_full_disk(self) -> None:
-        """Say before the first step that the last could not be saved."""
-        needed_bytes = num_parameters(self.plan.shape) * SMALLEST_STATE_BYTES + DISK_MARGIN_BYTES
-        free_bytes = shutil.disk_usage(self.folder.path).free
-        if free_bytes < needed_bytes:
-            raise FailedError(
-                f"a checkpoint needs {gib(needed_bytes)} of disk, {gib(free_bytes)} are free",
-                hint=shlex.join(["df", "-h", str(self.folder.path)]),
-            )
 
     def _out_of_memory(self) -> DoesNotFitError:
         batch, memory = self.recipe.device_batch_size, self.plan.memory
@@ -160,32 +137,23 @@ class _Run:
             hint=f"{self.plan.command} {smaller}",
         )
 
-    def _take_over(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint of the same text."""
-        for what, now in self._identities().items():
-            if found.state.get(what, now) != now:
-                raise FailedError(
-                    f"{self.folder.path} was trained on other text: {what} of step {found.step}"
-                    f" is {found.state[what][:12]}, now it is {now[:12]}",
-                    hint=f"snugpt train --name {self.folder.path.name}-2",
-                )
-        self.step = found.step
-        self.bits_per_byte = found.state.get("bits_per_byte")
-
     def _was_evaluated(self) -> bool:
         """Whether the step's evaluation is on record; it is not if a signal cut it short."""
-        for line in self.folder.metrics():
-            if (line.get("kind"), line.get("step")) == ("evaluation", self.step):
-                self.bits_per_byte = line["bits_per_byte"]
-                return True
-        return False
+        found = self.progress.evaluation_of(self.step)
+        if found is not None:
+            self.bits_per_byte = found
+        return found is not None
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says of this run."""
+        return {"bits_per_byte": self.bits_per_byte}
 
     def _receipt(
         self, ledger_folder: Path, argv: Sequence[str], outcome: Outcome = "fit"
     ) -> Measurement:
         measurement = self.meter.measurement(
-            self.plan, argv, outcome, steps=self.step, loss=self.loss,
-            bits_per_byte=self.bits_per_byte, tokens_per_s=self._tokens_per_s(),
+            self.plan, argv, outcome, steps=self.step, loss=self.progress.loss,
+            bits_per_byte=self.bits_per_byte, tokens_per_s=self.progress.tokens_per_s,
         )  # fmt: skip
         for failure in self.meter.keep(measurement, ledger_folder, self.folder.measurement_file):
             self.watcher(Notice(text=f"measurement not kept: {failure}"))
@@ -235,30 +203,23 @@ class _Run:
             if self.step == first_full_step:
                 self._evaluate_one_batch()
                 self.meter.stop(complete=True)
-            self._log_if_due(loss)
+            self.progress.log_if_due(self.step, loss)
             self._evaluate_and_save_if_due()
 
     def _steps(self) -> None:
         while not self._stopping():
             began_s = time.perf_counter()
             loss = self._take_step()
-            self._log_if_due(loss)
-            self.train_s += time.perf_counter() - began_s
-            self.timed_steps += 1
+            self.progress.log_if_due(self.step, loss)
+            self.progress.timed(time.perf_counter() - began_s)
             self._evaluate_and_save_if_due()
-
-    def _log_if_due(self, loss: torch.Tensor) -> None:
-        due_s = self.logged_s + LOG_EVERY_S
-        if time.perf_counter() >= due_s or self.step == self.recipe.num_steps:
-            self._log_step(loss)
-            self.logged_s = time.perf_counter()
 
     def _evaluate_and_save_if_due(self) -> None:
         if self._evaluation_is_due():
             self._evaluate()
         last = self.step == self.recipe.num_steps
         if not last and self.step % self.recipe.schedule.save_every_steps == 0:
-            self._save_on_the_way()
+            self.saver.save_on_the_way(self.step, self.model, self.optimizers, **self._state())
 
     def _evaluation_is_due(self) -> bool:
         last = self.step == self.recipe.num_steps
@@ -279,40 +240,6 @@ class _Run:
         self.step += 1
         return loss
 
-    def _log_step(self, loss: torch.Tensor) -> None:
-        self.loss = loss.item()
-        if not math.isfinite(self.loss):
-            raise self._diverged(f"loss is {self.loss}")
-        rate = self._tokens_per_s() or 0.0
-        left = (self.recipe.num_steps - self.step) * self.recipe.total_batch_tokens
-        allocated, reserved = self.meter.now()
-        report = StepReport(
-            step=self.step,
-            num_steps=self.recipe.num_steps,
-            loss=self.loss,
-            tokens_per_s=rate,
-            mfu=self._mfu(rate),
-            seconds_left=left / rate if rate else math.nan,
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
-        )
-        self._log(kind="step", step=self.step, loss=self.loss, tokens_per_s=rate or None)
-        self.watcher(report)
-
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        peak = self.plan.gpu.flops.get(self.recipe.compute_dtype)
-        if peak is None or self.plan.gpu.backend == "cpu":
-            return None
-        per_token = training_flops_per_token(self.plan.shape, self.recipe.seq_len)
-        return tokens_per_s * per_token / peak
-
-    def _tokens_per_s(self) -> float | None:
-        if self.timed_steps == 0:
-            return None
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self.timed_steps * self.recipe.total_batch_tokens / max(self.train_s, 1e-9)
-
     def _evaluate(self) -> None:
         found = bits_per_byte(
             self.model, self.recipe, self.validation, self.data.tokenizer.token_bytes,
@@ -320,8 +247,7 @@ class _Run:
         )  # fmt: skip
         if found is not None:
             self.bits_per_byte = found
-            self._log(kind="evaluation", step=self.step, bits_per_byte=found)
-            self.watcher(EvaluationReport(step=self.step, bits_per_byte=found))
+            self.progress.evaluated(self.step, found)
 
     def _evaluate_one_batch(self) -> None:
         one = ValidationLoader(
@@ -330,47 +256,3 @@ class _Run:
             max_rows=self.recipe.device_batch_size,
         )  # fmt: skip
         bits_per_byte(self.model, self.recipe, one, self.data.tokenizer.token_bytes)
-
-    def _log(self, **values: Any) -> None:
-        """Add a line to the metrics; a full disk costs the line and one notice, not the run."""
-        try:
-            self.folder.log(**values)
-        except FailedError as error:
-            if not self.metrics_lost:
-                self.watcher(Notice(text=f"{error.message}; training goes on"))
-            self.metrics_lost = True
-
-    def _save(self) -> None:
-        self._refuse_broken_weights()
-        self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
-        state = {"bits_per_byte": self.bits_per_byte, **self._identities()}
-        save_checkpoint(self.folder.checkpoints, self.step, self.model, self.optimizers, state)
-
-    def _save_on_the_way(self) -> None:
-        """Save; if the disk fails keep what is there, say so and go on: the next save may do."""
-        self._refuse_broken_weights()
-        try:
-            self._write_checkpoint()
-        except FailedError as error:
-            self.watcher(Notice(text=f"{error.message}; training goes on"))
-
-    def _refuse_broken_weights(self) -> None:
-        """A checkpoint that is no number would push out a sound one."""
-        norm = torch.nn.utils.get_total_norm(self.model.parameters()).item()
-        if not math.isfinite(norm):
-            raise self._diverged(f"the norm of the weights is {norm}")
-
-    def _diverged(self, what: str) -> FailedError:
-        return FailedError(
-            f"{what} after step {self.step}; earlier checkpoints are kept",
-            hint=f"snugpt train --name {self.folder.path.name}-2 --learning-rate 1e-4",
-        )
-
-    def _identities(self) -> dict[str, str]:
-        """What a checkpoint says of the text it was trained on."""
-        return {
-            "tokenizer_sha256": self.data.tokenizer.sha256,
-            "corpus_sha256": self.data.corpus.sha256,
-        }
