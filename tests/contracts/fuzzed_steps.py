@@ -7,10 +7,12 @@ import random
 from msgspec.structs import replace
 from recorder import SCHEDULE
 
+from snugpt.estimate.levers import why_not
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
+FP8_SHARE = 0.7  # of those recipes whose products can be taken in it
 MOST_CHUNKS = 12  # each is a dozen operations to trace
 MOST_WEIGHTS = 131_072 * 512
 RUNTIMES: tuple[tuple[str, Runtime], ...] = (
@@ -34,7 +36,11 @@ def fuzzed(seed: int) -> Fuzzed:
     if generates:
         new = draw.randint(1, max(1, shape.context_len // 2))
         return shape, generation(draw, shape, new, dtype), runtime
-    return shape, training(draw, shape, dtype), runtime
+    recipe = training(draw, shape, dtype)
+    fp8 = replace(recipe, fp8="on")
+    if draw.random() < FP8_SHARE and why_not(shape, fp8, runtime) is None:
+        recipe = fp8
+    return shape, recipe, runtime
 
 
 def random_shape(draw: random.Random, *, drops: bool) -> ModelShape:

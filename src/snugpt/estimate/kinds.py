@@ -10,7 +10,7 @@ Shapes: B batch, T time, C channels, H heads, K kv heads, D head size, M mlp wid
 
 from __future__ import annotations
 
-from snugpt.estimate import scratch
+from snugpt.estimate import fp8, scratch
 from snugpt.estimate.operations import BOOL, FP32, Buffer, Net, Operation, Weight
 from snugpt.spec.shape import GATE_CHANNELS
 
@@ -50,6 +50,8 @@ def positions(net: Net, x: Buffer, table: Weight) -> Operation:
 
 def linear(net: Net, x: Buffer, weight: Weight, name: str, text: str) -> Operation:
     """`functions.Linear`: keeps x; casts the weight in both directions."""
+    if net.fp8:
+        return fp8.linear(net, x, weight, name, text)
     out = net.per_token(name, weight.rows, text)
     cast, grad_x, grad_weight = net.cast_of(weight), net.gradient_of(x), net.weight_gradient(weight)
     low = (

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.fp8 import why_not_fp8
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -46,4 +47,5 @@ def why_not(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Obje
 # What a lever is by default, which needs no reason, and what may stand against another value.
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
+    "fp8": ("off", why_not_fp8),
 }

@@ -41,8 +41,9 @@ class TrainingStep:
         self.share = Share(shape, recipe, rank)
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
         self.net = Net(
-            shape, runtime, recipe.compute_dtype, recipe.seq_len, weight_dtype=recipe.weight_dtype
-        )
+            shape, runtime, recipe.compute_dtype, recipe.seq_len,
+            weight_dtype=recipe.weight_dtype, fp8=recipe.fp8 == "on",
+        )  # fmt: skip
         self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
@@ -239,7 +240,7 @@ class TrainingStep:
 
     def _evaluate(self) -> None:
         """`model.step.evaluate_batch` with the training's device batch, without gradients."""
-        net = replace(self.net, drops=False)
+        net = replace(self.net, drops=False, fp8=False)
         batch, last = self._batch_ids(), self.shape.num_layers
         self._place("evaluate", -1, sequence(batch))
         embedding = stack.embedding_part(net)
@@ -255,7 +256,8 @@ class TrainingStep:
 
     def _layer_evaluated(self, net: Net, part: Part, entry_is_kept: bool) -> list[Event]:
         layer = self.kinds.index(next(k for k, p in self.layers.items() if p is part))
-        quiet = stack.layer_part(net, layer) if net.shape.dropout else part
+        changes = net.shape.dropout or self.net.fp8
+        quiet = stack.layer_part(net, layer) if changes else part
         self._same_tensor(quiet.entry, self.stream)
         self._same_tensor(quiet.result, self.stream)
         return forward(quiet.operations, quiet.entry, keep=False)

@@ -48,6 +48,8 @@ def build_for_training(
         model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
     model.ranks = ranks_of(model, recipe)
     model.recompute_blocks = recipe.checkpoint == "blocks"
+    for block in model.blocks:
+        block.fp8 = recipe.fp8 == "on"
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snugpt.model import functions as op
 from snugpt.model.attention import attend, window_mask
+from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
 from snugpt.model.ranks import Alone
@@ -60,6 +61,7 @@ class Block(nn.Module):
         self.value_embedding = empty(shape.padded_vocab_size, KD) if mixes else None
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
+        self.fp8 = False  # the lever `fp8 = on`
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None  # the lever `compile = on`
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
@@ -80,9 +82,9 @@ class Block(nn.Module):
         shape, device = self.shape, self.runtime.device
         B, T, _ = x.shape
         h = normed(shape.style, x, self.attention_norm, device)
-        q = op.Linear.apply(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
-        k = op.Linear.apply(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
-        v = op.Linear.apply(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
+        q = self.linear(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
+        k = self.linear(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
+        v = self.linear(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
         if self.value_embedding is not None:
             ve = op.Embedding.apply(self.value_embedding, inputs.tokens, v.dtype, device)
             v = op.ValueGate.apply(h, self.value_gate, v, ve.view(v.shape))
@@ -101,15 +103,15 @@ class Block(nn.Module):
             mask=inputs.masks.get(self.window), dropout=self.dropout,
         )  # fmt: skip
         del q, k, v
-        y = op.Linear.apply(y.view(B, T, -1), self.output)
+        y = self.linear(y.view(B, T, -1), self.output)
         y = self.dropped(y)
         return op.ResidualAdd.apply(x, y)
 
     def mlp(self, x: Tensor) -> Tensor:
         """x + down(activation(up(norm(x))))."""
         h = normed(self.shape.style, x, self.mlp_norm, self.runtime.device)
-        a = op.Linear.apply(h, self.up)  # (B, T, M)
-        gate = None if self.gate is None else op.Linear.apply(h, self.gate)
+        a = self.linear(h, self.up)  # (B, T, M)
+        gate = None if self.gate is None else self.linear(h, self.gate)
         del h
         if self.shape.style == "nanochat":
             a = op.ReluSquared.apply(a)
@@ -118,9 +120,15 @@ class Block(nn.Module):
         else:
             a = op.SwiGLU.apply(gate, a)
             del gate
-        a = op.Linear.apply(a, self.down)
+        a = self.linear(a, self.down)
         a = self.dropped(a)
         return op.ResidualAdd.apply(x, a)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T: (..., I), (O, I) -> (..., O); in FP8 only in training."""
+        if self.fp8 and self.training:
+            return Fp8Linear.apply(x, weight, self.runtime.device)
+        return op.Linear.apply(x, weight)
 
     def dropped(self, y: Tensor) -> Tensor:
         """Dropout on a sublayer's result, only in training."""

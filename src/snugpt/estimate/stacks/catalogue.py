@@ -81,7 +81,7 @@ SNUGPT = Stack(
             "optimizer": ("muon", "adamw"),
             "state_dtype": ("fp32",),
             "weight_dtype": ("master",),
-            "fp8": ("off",),
+            "fp8": ("off", "on"),
             "compile": ("off", "on"),
             "sharding": ("none",),
             "offload": ("none",),
