@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.fp8 import why_not_fp8
+from snugpt.estimate.sharding import why_not_sharded
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -48,4 +49,5 @@ def why_not(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Obje
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
     "fp8": ("off", why_not_fp8),
+    "sharding": ("none", why_not_sharded),
 }

@@ -18,9 +18,11 @@ from typing import NamedTuple
 from snugpt.estimate.operations import Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_weights, num_parameters
 from snugpt.spec.recipe import Optimizer, Sharding, TrainingRecipe
+from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 
 FP32 = 4
+_NOT_WITH_FULL = {"compile": "off", "weight_dtype": "master", "fp8": "off", "offload": "none"}
 
 
 class Piece(NamedTuple):
@@ -136,3 +138,25 @@ def sent_bytes(shape: ModelShape, recipe: TrainingRecipe) -> int:
         return 0
     passes = 2 if recipe.sharding != "full" else 3 * recipe.grad_accum_steps
     return num_parameters(shape) * FP32 * passes * (n - 1) // n
+
+
+def why_not_sharded(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> str | None:
+    """Return what stands against `sharding` optimizer or full, or None."""
+    if recipe.world_size == 1:
+        return "it is for several GPUs"
+    if recipe.state_dtype == "int8":
+        return "moments in int8 have one scale to 256 elements, which rows would cut"
+    if recipe.compute_dtype == "fp16":
+        return "gradients that overflow in fp16 are seen by their owners only"
+    if recipe.sharding == "full":
+        return _why_not_full(recipe)
+    return None
+
+
+def _why_not_full(recipe: TrainingRecipe) -> str | None:
+    for lever, default in _NOT_WITH_FULL.items():
+        if getattr(recipe, lever) != default:
+            return (
+                f"{lever} = {getattr(recipe, lever)} was not derived for weights that are gathered"
+            )
+    return None

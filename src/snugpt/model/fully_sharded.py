@@ -55,6 +55,9 @@ class FullySharded(OwnedPieces):
     def _parameter(self, weight: nn.Parameter, piece: Piece) -> nn.Parameter:
         return nn.Parameter(weight.detach().to_local())
 
+    def stored(self, name: str, weight: nn.Parameter) -> tuple[Tensor, Piece | None]:
+        return self.own[name], self.own_piece(name)
+
     def reduce(self, model: nn.Module, loss: Tensor) -> None:
         dist.all_reduce(loss)
         for name, own in self.own.items():

@@ -27,11 +27,19 @@ class Alone:
     """One process: all weights are its own."""
 
     rank, size = 0, 1
+    cuts_state = False  # whether no rank has all optimizer state
     whole: Callable[[Tensor, Tensor], tuple[Tensor, slice]] | None = None  # where matrices are cut
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What the optimizers update, by the weight's name."""
         return dict(model.named_parameters())
+
+    def own_piece(self, name: str) -> Piece | None:
+        """The rows of a weight that this rank updates; None where it updates all of it."""
+
+    def stored(self, name: str, weight: nn.Parameter) -> tuple[Tensor, Piece | None]:
+        """What this rank stores of a weight, and which rows of it, where not all."""
+        return weight, None
 
     def reduce(self, model: nn.Module, loss: Tensor) -> None:
         """Sum gradients and the loss over the ranks, after the last backward pass of a step."""
@@ -59,6 +67,8 @@ class Replicated(Alone):
 class OwnedPieces(Replicated):
     """What `optimizer` and `full` share: optimizers that update this rank's pieces."""
 
+    cuts_state = True
+
     def __init__(self, model: nn.Module, recipe: TrainingRecipe) -> None:
         super().__init__()
         self.pieces: dict[str, list[Piece]] = {}
@@ -81,7 +91,6 @@ class OwnedPieces(Replicated):
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), clip_norm, square.sqrt_())
 
     def own_piece(self, name: str) -> Piece | None:
-        """The rows of a weight that are this rank's, None if it has none."""
         return next((piece for piece in self.pieces[name] if piece.owner == self.rank), None)
 
     def _parameter(self, weight: nn.Parameter, piece: Piece) -> nn.Parameter:

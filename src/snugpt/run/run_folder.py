@@ -24,6 +24,8 @@ from snugpt.spec.plan import Plan, encode_plan, read_plan
 from snugpt.spec.recipe import TrainingRecipe
 
 RUNS = Path("runs")
+# What a run may change between two checkpoints if it goes on with another number of devices.
+_DIVISION = ("world_size", "device_batch_size", "grad_accum_steps", "launcher", "sharding")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -85,6 +87,8 @@ class RunFolder:
             return
         before = self.plan()
         for field in ("shape", "recipe"):
+            if field == "recipe" and _teaches_the_same(before, plan):
+                continue
             if getattr(before, field) != getattr(plan, field):
                 raise FailedError(
                     f"{self.path} holds a run with another {field}",
@@ -111,6 +115,20 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return found
+
+
+def _teaches_the_same(before: Plan, plan: Plan) -> bool:
+    """Whether two recipes differ only in the number of devices and how a step is divided on them."""
+    one, other = before.recipe, plan.recipe
+    if not isinstance(one, TrainingRecipe) or not isinstance(other, TrainingRecipe):
+        return False
+    if one.world_size == other.world_size:
+        return False
+    division = {field: getattr(one, field) for field in _DIVISION}
+    try:
+        return msgspec.structs.replace(other, **division) == one
+    except BadQuestionError:  # the tokens of a step are others
+        return False
 
 
 def _append_line(path: Path, line: bytes) -> None:
@@ -176,7 +194,9 @@ def training_recipe(plan: Plan) -> TrainingRecipe:
             f"stack = {plan.recipe.stack!r} runs its own program, snugpt trains its own plans only",
             hint=plan.command,
         )
-    allowed: dict[str, tuple[object, ...]] = {**SNUGPT.levers, "world_size": (1,)}
+    allowed: dict[str, tuple[object, ...]] = {
+        **SNUGPT.levers, "world_size": tuple(range(1, SNUGPT.most_gpus + 1)),
+    }  # fmt: skip
     for field, values in allowed.items():
         value = getattr(plan.recipe, field)
         if value not in values:
