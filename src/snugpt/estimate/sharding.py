@@ -156,7 +156,5 @@ def why_not_sharded(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime)
 def _why_not_full(recipe: TrainingRecipe) -> str | None:
     for lever, default in _NOT_WITH_FULL.items():
         if getattr(recipe, lever) != default:
-            return (
-                f"{lever} = {getattr(recipe, lever)} was not derived for weights that are gathered"
-            )
+            return f"{lever} = {getattr(recipe, lever)} is not derived for gathered weights"
     return None

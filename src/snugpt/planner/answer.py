@@ -16,7 +16,7 @@ from snugpt.planner.draft import MOST_EPOCHS, Draft, draft
 from snugpt.planner.explain import ladder, rejections, training_reasons
 from snugpt.planner.generating import largest_batch
 from snugpt.planner.horizon import CorpusSize, automatic_batch_tokens, corpus_tokens
-from snugpt.planner.machine import CPU_ID, Machine, machine_for
+from snugpt.planner.machine import CPU_ID, Machine, machine_for, share_of_each
 from snugpt.planner.programs import cautions, num_gpus_of, run_command, what_could_be_had_back
 from snugpt.planner.search import Choice, choose
 from snugpt.planner.subject import SHORTEST_CONTEXT
@@ -181,12 +181,13 @@ def _data(made: Draft) -> DataEstimate:
 
 
 def _host(made: Draft, choice: Choice) -> HostEstimate:
-    """RAM, disk and one checkpoint: weights in fp32 with the optimizer's state beside them."""
+    """RAM, disk and one checkpoint: weights as they are trained, the optimizer's state beside."""
     recipe, machine = choice.recipe, made.machine
     runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
     resident = timeline_of(made.shape, recipe, runtime).resident
     state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
-    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * 4
+    stored = 2 if isinstance(recipe, TrainingRecipe) and recipe.weight_dtype == "bf16" else 4
+    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * stored
     ranks = 1
     if isinstance(recipe, TrainingRecipe) and recipe.stack != "snugpt":
         ranks = recipe.world_size  # each writes its share of the state

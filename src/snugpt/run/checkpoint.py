@@ -74,9 +74,10 @@ def save_checkpoint(
     """Write `folder`/step-<step> whole or not at all, then delete all but the newest `keep`.
 
     `state` is any mapping msgspec can write as JSON. `tensors` are weights and optimizer state that
-    were gathered from several ranks, where model and optimizers have only some of them. The caller holds the run's lock: temporary
-    folders found here count as a dead writer's. A step whose checkpoint verifies is not written
-    again. Only checkpoints that verify count as kept, and the one just written is never deleted.
+    were gathered from several ranks, where model and optimizers have only some of them. The caller
+    holds the run's lock: temporary folders found here count as a dead writer's. A step whose
+    checkpoint verifies is not written again. Only checkpoints that verify count as kept, and the
+    one just written is never deleted.
 
     Raises:
         FailedError: the disk is full or fails; earlier checkpoints are as they were.

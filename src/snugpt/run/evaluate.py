@@ -35,9 +35,7 @@ def bits_per_byte(
             if stop():
                 return None
             batch = loader.batch(number)
-            if (
-                number >= loader.num_batches
-            ):  # others have one more: their weights are gathered here
+            if number >= loader.num_batches:  # other ranks have one more and need this one
                 evaluate_batch(model, recipe, batch)
                 continue
             losses = evaluate_batch(model, recipe, batch).double().cpu()

@@ -23,12 +23,10 @@ Part = tuple[int, dict[str, Tensor]]  # the first row, and this rank's rows of e
 def gathered(model: GPT, optimizers: Sequence[ParameterWise]) -> tuple[Tensors, Tensors] | None:
     """Return all weights and all optimizer state on the first rank, None on the others.
 
-    Every rank calls it. What no rank shares is not copied; the rest comes to lie in host memory,
-    one weight after the other.
+    Every rank calls it. What is put together comes to lie in host memory, one weight after the
+    other; weights that every rank has are not copied.
     """
     weights, state = weights_of(model), optimizer_tensors(model, optimizers)
-    if not model.ranks.cuts_state:
-        return (weights, state) if model.ranks.rank == 0 else None
     all_weights: dict[str, Tensor] = dict(weights)
     all_state: dict[str, Tensor] = {}
     for name, weight in weights.items():

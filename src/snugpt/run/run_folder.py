@@ -118,7 +118,7 @@ class RunFolder:
 
 
 def _teaches_the_same(before: Plan, plan: Plan) -> bool:
-    """Whether two recipes differ only in the number of devices and how a step is divided on them."""
+    """Whether recipes differ only in the number of devices and how a step is divided on them."""
     one, other = before.recipe, plan.recipe
     if not isinstance(one, TrainingRecipe) or not isinstance(other, TrainingRecipe):
         return False
