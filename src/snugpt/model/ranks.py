@@ -59,9 +59,9 @@ class Replicated(Alone):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def reduce(self, model: nn.Module, loss: Tensor) -> None:
-        dist.all_reduce(loss)
         for weight in model.parameters():
             dist.all_reduce(weight.grad)
+        dist.all_reduce(loss)
 
 
 class OwnedPieces(Replicated):
@@ -104,10 +104,11 @@ class OwnedStates(OwnedPieces):
         return weight if piece.is_whole else nn.Parameter(_rows(weight.detach(), piece))
 
     def reduce(self, model: nn.Module, loss: Tensor) -> None:
-        dist.all_reduce(loss)
         for name, weight in model.named_parameters():
             for piece in self.pieces[name]:
                 dist.reduce(_rows(weight.grad, piece), dst=piece.owner)
+        dist.all_reduce(loss)
+        for name, weight in model.named_parameters():
             mine = self.own_piece(name)
             if mine is None:
                 weight.grad = None

@@ -187,12 +187,13 @@ def _is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def refuse_other_number(plan: Plan, recipe: TrainingRecipe, world: Alone) -> None:
+def refuse_other_number(plan: Plan, recipe: TrainingRecipe) -> None:
     """Refuse to train on another number of processes than the plan is for.
 
     Raises:
         BadQuestionError: torchrun started another number, or none.
     """
+    world = _entered[-1] if _entered else ALONE
     if recipe.world_size == world.size:
         return
     planned = plan.command if plan.command.startswith("torchrun ") else ""

@@ -12,6 +12,7 @@ from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import memory_estimate, runtime_of
 from snugpt.model.stored_state import require_torchao
 from snugpt.planner.command import command_line
+from snugpt.run.distributed import refuse_other_number
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import training_recipe
 from snugpt.spec.plan import Plan
@@ -29,6 +30,7 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     """
     recipe = training_recipe(plan)
     refuse_levers(plan, recipe)
+    refuse_other_number(plan, recipe)
     if recipe.state_dtype == "int8":
         require_torchao()
     plan = predicted_anew(plan, watcher)

@@ -25,7 +25,7 @@ from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step as take_step
 from snugpt.run.checkpoint import Checkpoint, load_newest, restore
-from snugpt.run.distributed import Alone, joined, refuse_other_number
+from snugpt.run.distributed import Alone, joined
 from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.interrupt import Interrupt
 from snugpt.run.learning_rate import rate_factor, set_rates
@@ -64,10 +64,9 @@ def train(
         FailedError: another process trains here, the disk fails, the loss is no number any more.
         BadQuestionError: the text is too short or another plan was run here.
     """
-    plan = runnable(plan, watcher)
-    recipe = training_recipe(plan)
     with joined() as world, Interrupt() as interrupt:
-        refuse_other_number(plan, recipe, world)
+        plan = runnable(plan, watcher)
+        recipe = training_recipe(plan)
         folder.check_same(plan, argv)
         data = world.first_then_others(  # refused text leaves no run
             lambda: prepare_data(plan, folder, recipe, cache_dir, watcher)
