@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.fp8 import why_not_fp8
+from snugpt.estimate.making_again import why_not_selective
 from snugpt.estimate.sharding import why_not_sharded
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -61,4 +62,5 @@ _CHECKS: dict[str, tuple[str, Why]] = {
     "weight_dtype": ("master", _why_not_bf16_weights),
     "fp8": ("off", why_not_fp8),
     "sharding": ("none", why_not_sharded),
+    "checkpoint": ("none", why_not_selective),
 }

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from snugpt.estimate.flops import forward_flops_per_token, muon_flops
+from snugpt.estimate.flops import (
+    forward_flops_per_token,
+    muon_flops,
+    recompute_factor,
+    traffic_again_bytes_per_token,
+)
 from snugpt.estimate.fp8 import more_kernels_per_layer
+from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.spec.gpu import Gpu
@@ -74,18 +80,20 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
 
 
 def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic."""
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records."""
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
-    recomputed = 4 / 3 if recipe.checkpoint == "blocks" else 1.0
+    recomputed = recompute_factor(shape, recipe)
     per_layer = COMPILED_KERNELS_PER_LAYER if recipe.compile == "on" else KERNELS_PER_LAYER
     if recipe.fp8 == "on" and recipe.compile == "off":
         per_layer += more_kernels_per_layer(shape)
     kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
     optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
+    again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
-    return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    return counted * time_factor(recipe, gpu.backend)
 
 
 def speed_estimate(

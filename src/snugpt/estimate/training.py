@@ -12,6 +12,7 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.making_again import making_again
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import group_of
 from snugpt.estimate.shares import Share
@@ -48,10 +49,11 @@ class TrainingStep:
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
         self.layers = {k: stack.layer_part(net, kinds.index(k)) for k in dict.fromkeys(kinds)}
-        # Only training is compiled; evaluation runs the layers as they are.
-        compiles = recipe.compile == "on"
+        # Only training is compiled or makes anything again; evaluation runs the layers as they are.
+        compiles, again = recipe.compile == "on", recipe.selective_steps
         self.trained = {
-            k: compiled_layer(net, part) if compiles else part for k, part in self.layers.items()
+            k: compiled_layer(net, part) if compiles else making_again(part, again)
+            for k, part in self.layers.items()
         }
         self.embedding = stack.embedding_part(net)
         self.stream = net.per_token("residual stream", shape.model_dim, "C")
@@ -137,7 +139,10 @@ class TrainingStep:
 
     def _layer_forward(self, part: Part, entry_is_kept: bool) -> list[Event]:
         hold = self.recomputes or entry_is_kept
-        events = forward(part.operations, part.entry, keep=not self.recomputes, hold_entry=hold)
+        events = forward(
+            part.operations, part.entry, keep=not self.recomputes, made_again=part.made_again,
+            hold_entry=hold,
+        )  # fmt: skip
         return [*(Event(1, state) for state in self.random_states[:1]), *events]
 
     def _micro_step(self, *, first: bool) -> None:
@@ -178,7 +183,7 @@ class TrainingStep:
         events += [Event(-1, state) for state in self.random_states[1:]]
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first, update=self.updates).backward(
-            part.operations, part.entry, self.gradient,
+            part.operations, part.entry, self.gradient, made_again=part.made_again,
             hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
         self._same_tensor(left, self.gradient)

@@ -57,6 +57,7 @@ def build_for_training(
     model.recompute_blocks = recipe.checkpoint == "blocks"
     for block in model.blocks:
         block.fp8 = recipe.fp8 == "on"
+        block.made_again = recipe.selective_steps
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 

@@ -21,11 +21,10 @@ from snugpt.data.durable_file import write_durably
 from snugpt.errors import BadQuestionError, FailedError, bad_value
 from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.spec.plan import Plan, encode_plan, read_plan
-from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.recipe import Recipe, TrainingRecipe
+from snugpt.spec.shape import ModelShape
 
 RUNS = Path("runs")
-# What a run may change between two checkpoints if it goes on with another number of devices.
-_DIVISION = ("world_size", "device_batch_size", "grad_accum_steps", "launcher", "sharding")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -67,18 +66,21 @@ class RunFolder:
     def begin(self, plan: Plan, argv: Sequence[str]) -> None:
         """Write plan and argv, or check that the ones here are of the same run.
 
+        A run that goes on with other levers has the new plan from here on.
+
         Raises:
             FailedError: another plan was run here, or the folder can't be written.
         """
         self.check_same(plan, argv)
-        if not self.plan_file.exists():
+        if not self.plan_file.exists() or self.plan().recipe != plan.recipe:
             write_durably(self.plan_file, encode_plan(plan))
         _append_line(self.path / "argv", shlex.join(argv).encode("utf-8", "surrogateescape"))
 
     def check_same(self, plan: Plan, argv: Sequence[str] = ()) -> None:
         """Refuse another plan than the one that was begun here, if one was.
 
-        The hint is the command that was given, with another name: the last one said counts.
+        Levers that leave what is learned alone may differ, tokens per step may not. The
+        hint is the command that was given, with another name: the last one said counts.
 
         Raises:
             FailedError: the plan here has another shape or recipe.
@@ -87,9 +89,7 @@ class RunFolder:
             return
         before = self.plan()
         for field in ("shape", "recipe"):
-            if field == "recipe" and _teaches_the_same(before, plan):
-                continue
-            if getattr(before, field) != getattr(plan, field):
+            if _learned(getattr(before, field)) != _learned(getattr(plan, field)):
                 raise FailedError(
                     f"{self.path} holds a run with another {field}",
                     hint=f"{shlex.join(argv or ('snugpt', 'train'))} --name {self.path.name}-2",
@@ -117,18 +117,16 @@ class RunFolder:
         return found
 
 
-def _teaches_the_same(before: Plan, plan: Plan) -> bool:
-    """Whether recipes differ only in the number of devices and how a step is divided on them."""
-    one, other = before.recipe, plan.recipe
-    if not isinstance(one, TrainingRecipe) or not isinstance(other, TrainingRecipe):
-        return False
-    if one.world_size == other.world_size:
-        return False
-    division = {field: getattr(one, field) for field in _DIVISION}
-    try:
-        return msgspec.structs.replace(other, **division) == one
-    except BadQuestionError:  # the tokens of a step are others
-        return False
+def _learned(part: ModelShape | Recipe) -> ModelShape | Recipe:
+    """A shape or a recipe without what may change while a run goes on."""
+    if not isinstance(part, TrainingRecipe):
+        return part
+    batch = part.device_batch_size * part.grad_accum_steps * part.world_size
+    return msgspec.structs.replace(
+        part, device_batch_size=batch, grad_accum_steps=1, loss="chunked", loss_chunk_tokens=1,
+        checkpoint="none", selective_steps=(), compile="off", offload="none", world_size=1,
+        sharding="none", launcher="python",
+    )  # fmt: skip
 
 
 def _append_line(path: Path, line: bytes) -> None:

@@ -113,7 +113,7 @@ def _host_link_bytes_per_s(row: _Row) -> float | None:
     if row.pcie is None or row.host_link_gb_per_s is not None:
         return _bytes_per_s(row.host_link_gb_per_s)
     generation, lanes = row.pcie
-    bits_per_s = 8e9 * 2 ** (generation - 3) * lanes * 128 / 130
+    bits_per_s = 8e9 * (1 << (generation - 3)) * lanes * 128 / 130
     return bits_per_s / 8
 
 

@@ -77,7 +77,7 @@ SNUGPT = Stack(
     levers=MappingProxyType(
         {
             "loss": ("chunked", "plain"),
-            "checkpoint": ("none", "blocks"),
+            "checkpoint": ("none", "selective", "blocks"),
             "optimizer": ("muon", "adamw"),
             "state_dtype": ("fp32", "bf16", "int8"),
             "weight_dtype": ("master", "bf16"),
