@@ -6,6 +6,8 @@ stores them in 2 bytes or in 1 each.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,12 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     """The optimizers of a recipe; together they own every parameter once."""
     schedule, updating = recipe.schedule, Updating.of(recipe)
     groups: dict[str, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    owned = model.ranks.parameters(model)
+    for name, weight in owned.items():
         groups.setdefault(group_of(name), []).append(weight)
     stored = {
-        "formats": formats_of(model, recipe.state_dtype),
-        "names": {weight: name for name, weight in model.named_parameters()},
+        "formats": formats_of(owned.values(), recipe.state_dtype),
+        "names": {weight: name for name, weight in owned.items()},
         "seed": schedule.seed,
     }
     optimizers: list[ParameterWise] = []
@@ -46,6 +49,7 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
                 dtype=torch.bfloat16 if on_cuda else torch.float32,
+                whole=model.ranks.whole,
                 **stored,
             )
         )
@@ -74,7 +78,7 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     return optimizers
 
 
-def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
+def formats_of(weights: Iterable[Tensor], state_dtype: StateDtype) -> dict[Tensor, Format]:
     """How the moments of each parameter are stored.
 
     Raises:
@@ -83,7 +87,7 @@ def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
     if state_dtype == "int8":
         require_torchao()
     formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
-    return {w: formats[stored_as(state_dtype, w.numel())] for w in model.parameters()}
+    return {w: formats[stored_as(state_dtype, w.numel())] for w in weights}
 
 
 def place_states(optimizers: list[ParameterWise], on_host: StateOnHost) -> None:
