@@ -83,7 +83,7 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         loss_chunk_tokens=chunk,
         checkpoint=draw.choice(["none", "blocks"]),
         optimizer=draw.choice(["muon", "adamw"]),
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from recorder import cpu_runtime, measured_phases, recipe_for
 
+from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
@@ -146,6 +147,22 @@ def test_any_number_of_layers_is_predicted(style, checkpoint, depth):
 def test_embeddings_tied_or_not_are_predicted(style, accumulation):
     tied = style != "gpt2"  # the other way than the style's own
     assert_to_the_byte(compare(small(style, tie=tied), batch=2, accumulation=accumulation))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients_that_go_to_the_optimizer_in_backward_are_predicted(style, optimizer):
+    shape, asked = small(style, vocab_size=4096), {"batch": 1, "seq_len": 32}
+    together = compare(shape, optimizer=optimizer, **asked)
+    each = compare(shape, optimizer=optimizer, clip_norm=0.0, **asked)
+    assert_to_the_byte(each)
+    assert each.keys() == together.keys() - {"clip", "optimizer"}
+    accumulated = compare(shape, optimizer=optimizer, clip_norm=0.0, accumulation=2, **asked)
+    assert_to_the_byte(accumulated)
+    assert accumulated.keys() == together.keys() - {"clip"}
+    # What remains of all gradients is the largest, with the head's, which is made first.
+    saved = max(n for _, n in together.values()) - max(n for _, n in each.values())
+    assert saved > 0.25 * 4 * num_parameters(shape)
 
 
 @pytest.mark.parametrize("style", STYLES)

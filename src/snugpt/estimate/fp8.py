@@ -71,7 +71,7 @@ def linear(net: Net, x: Buffer, weight: Weight, name: str, text: str) -> Operati
             scale_grad,
             turned_grad, *_scaled(net, O[1]),
             turned_x, *_scaled(net, I[1]),
-            *_product(net, grad_weight, _wide(net, *O), _wide(net, *I), FP32),
+            *_product(net, grad_weight, _wide(net, *O), _wide(net, *I), net.weight_bytes),
             turned_grad, turned_x,
             low_grad, *_scaled(net, O[1]),
             turned_weight, *_scaled_weight(net, weight),
@@ -111,7 +111,8 @@ def _scaled(net: Net, channels: int) -> tuple[Buffer, ...]:
 
 
 def _scaled_weight(net: Net, weight: Weight) -> tuple[Buffer, ...]:
-    scaled = net.fixed("FP8 scaling", "activations", weight.elements * FP32, "O·I·4")
+    size = net.weight_bytes
+    scaled = net.fixed("FP8 scaling", "activations", weight.elements * size, f"O·I·{size}")
     return () if net.cuda else (scaled, scaled)
 
 

@@ -28,7 +28,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
     else:
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
-            recipe.grad_accum_steps > 1, recipe.steps_in_backward, recipe.schedule is None,
+            recipe.grad_accum_steps > 1, recipe.steps_in_backward, recipe.clips,
             recipe.stack, recipe.world_size, recipe.launcher,
             *(getattr(recipe, lever) for lever in LEVERS),
         )  # fmt: skip

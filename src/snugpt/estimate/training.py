@@ -11,13 +11,13 @@ from dataclasses import replace
 from functools import partial
 
 from snugpt.estimate import kinds as kind
-from snugpt.estimate import scratch
 from snugpt.estimate.compiled import compiled_layer
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import all_weights, group_of, layer_weights
+from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
+from snugpt.estimate.updating import Updating, update
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
 from snugpt.spec.memory import Phase
 from snugpt.spec.recipe import TrainingRecipe
@@ -32,7 +32,10 @@ class TrainingStep:
 
     def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
-        self.net = Net(shape, runtime, recipe.compute_dtype, recipe.seq_len, fp8=recipe.fp8 == "on")
+        self.net = Net(
+            shape, runtime, recipe.compute_dtype, recipe.seq_len,
+            weight_dtype=recipe.weight_dtype, fp8=recipe.fp8 == "on",
+        )  # fmt: skip
         self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
@@ -53,6 +56,10 @@ class TrainingStep:
         )
         self.recomputes = recipe.checkpoint == "blocks"
         self.random_states = self._random_states()
+        self.updating = Updating.of(recipe)
+        self.updates = (
+            partial(update, self.net, updating=self.updating) if recipe.steps_in_backward else None
+        )
         self.placed: list[Placed] = []
         self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
         for part in self.layers.values():
@@ -66,12 +73,14 @@ class TrainingStep:
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
-        self._place("clip", -1, self._clip())
-        self._place("optimizer", -1, self._matrix_updates())
-        self._release_gradients()
-        self._place("optimizer", -1, [Event(-1, total)])
+        if self.recipe.clips:
+            self._place("clip", -1, self._clip())
+        if self.updates is None:
+            self._place("optimizer", -1, self._updates_by_size())
+            self._release_gradients()
+        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
         self._evaluate()
-        resident = stack.resident(self.net, self.recipe.optimizer)
+        resident = stack.resident(self.net, self.updating)
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
@@ -142,7 +151,7 @@ class TrainingStep:
 
     def _backward(self, *, first: bool) -> None:
         tied = {"embedding": 2} if self.shape.tied_embeddings else {}
-        walk = Walk(first, tied)
+        walk = Walk(first, tied, self.updates)
         # The gradient of the loss itself, 1: the caller holds it until all of backward is done.
         root = self.net.fixed("loss", "logits", FP32, "4")
         events, left = walk.backward([self.norm, self.loss], self.stream, root, incoming_stays=True)
@@ -158,7 +167,7 @@ class TrainingStep:
         events += recompute(part.operations, part.entry) if self.recomputes else []
         events += [Event(-1, state) for state in self.random_states[1:]]
         hold = self.recomputes and not entry_is_kept
-        backward, left = Walk(first).backward(
+        backward, left = Walk(first, update=self.updates).backward(
             part.operations, part.entry, self.gradient,
             hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
@@ -181,38 +190,13 @@ class TrainingStep:
             *(Event(-1, norm) for _, norm in norms), Event(-1, total),
         ]  # fmt: skip
 
-    def _matrix_updates(self) -> list[Event]:
-        """Muon's transients, once per size of matrix; the fused AdamW has none."""
-        if self.recipe.optimizer != "muon":
-            return []
-        sizes = {
-            (w.rows, w.columns)
-            for layer in {k: self.kinds.index(k) for k in self.layers}.values()
-            for w in layer_weights(self.shape, layer).values()
-            if group_of(w.name) == "matrices"
-        }
-        return [e for rows, columns in sorted(sizes) for e in self._newton_schulz(rows, columns)]
-
-    def _newton_schulz(self, rows: int, columns: int) -> list[Event]:
-        """`optimizers.orthogonalised`: the matrix twice and two squares of its smaller side."""
-        width = 2 if self.net.cuda else FP32
-        small = min(rows, columns)
-
-        def made(elements: int, text: str) -> Buffer:
-            return self.net.fixed("Muon scratch", "optimizer", elements * width, f"{text}·{width}")
-
-        cast, x, following = (made(rows * columns, "rows·columns") for _ in range(3))
-        gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
-        first = (cast,) if self.net.cuda else ()
-        turned = not self.net.cuda and rows > columns
-        sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
-        copied = tuple(self.net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)
-        return sequence(
-            (
-                *first, x, *first, gram, polynomial, gram, following, *copied, *copied,
-                x, polynomial, following,
-            )
-        )  # fmt: skip
+    def _updates_by_size(self) -> list[Event]:
+        """The update of one parameter of each size: what the others of that size take again."""
+        weights = edge_weights(self.shape)
+        for layer in {k: self.kinds.index(k) for k in self.layers}.values():
+            weights |= layer_weights(self.shape, layer)
+        sizes = {(group_of(w.name), w.rows, w.columns): w for w in weights.values()}
+        return [e for _, w in sorted(sizes.items()) for e in update(self.net, w, self.updating)]
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""

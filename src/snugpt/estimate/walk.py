@@ -13,7 +13,7 @@ It follows PyTorch's rules, which are simple when every operation is one autogra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from snugpt.estimate.operations import Buffer, Operation, Weight
@@ -33,11 +33,13 @@ class Held:
 class Walk:
     """The walk of one micro-step. `first` is the one that finds no gradients yet.
 
-    `uses` counts how often a weight occurs, by name, where that is more than once.
+    `uses` counts how often a weight occurs, by name, where that is more than once. With `update` a
+    complete gradient goes to the optimizer, which takes what that says, and then away.
     """
 
     first: bool = True
     uses: dict[str, int] = field(default_factory=dict)
+    update: Callable[[Weight], list[Event]] | None = None
     _waiting: dict[str, tuple[Buffer, int]] = field(default_factory=dict)
 
     def backward(
@@ -94,6 +96,8 @@ class Walk:
             events.append(Event(-1, buffer))  # added into the one that waited
         if given + 1 < self.uses.get(weight.name, 1):
             self._waiting[weight.name] = first, given + 1
+        elif self.update is not None:
+            events += [*self.update(weight), Event(-1, first)]
         elif not self.first:
             events.append(Event(-1, first))  # added into the gradient that is there
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from snugpt.data.durable_file import sync_folder
 from snugpt.errors import FailedError, bad_value
+from snugpt.model.parameter_wise import ParameterWise
 from snugpt.run import manifest
 from snugpt.run.manifest import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
 from snugpt.run.tensor_file import opened, optimizer_tensors, tensor_chunks, weights_of
@@ -65,7 +66,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[ParameterWise],
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
@@ -150,9 +151,7 @@ def load_newest(
     return None
 
 
-def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[ParameterWise]) -> None:
     """Put weights, optimizer state and random state back, bit for bit, in place.
 
     Learning rates and other hyperparameters stay what the optimizers have. The CUDA random state
@@ -171,6 +170,8 @@ def restore(
         moments.check_optimizers(model, optimizers)
         weights.copy_weights(model)
         moments.copy_optimizers(model, optimizers)
+    for optimizer in optimizers:
+        optimizer.num_steps = checkpoint.step
     _restore_random_state(checkpoint.random_state, next(model.parameters()).device)
 
 

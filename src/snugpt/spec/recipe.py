@@ -132,9 +132,13 @@ class TrainingRecipe(
         Only where nothing has to see all gradients together: one pass to a step, no clipping, no
         scaled loss, one device.
         """
-        clips = self.schedule is None or self.schedule.clip_norm > 0
         alone = self.world_size == 1 and self.grad_accum_steps == 1
-        return alone and not clips and self.compute_dtype != "fp16"
+        return alone and not self.clips and self.compute_dtype != "fp16"
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped, all together."""
+        return self.schedule is None or self.schedule.clip_norm > 0
 
     @property
     def micro_batch_tokens(self) -> int:

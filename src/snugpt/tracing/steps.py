@@ -20,9 +20,12 @@ from snugpt.estimate.timeline import Timeline
 from snugpt.model.build import build_for_generation, build_for_training, group_of
 from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.kv_cache import KVCache
+from snugpt.model.muon import Muon
 from snugpt.model.optimizers import optimizers_for
+from snugpt.model.parameter_wise import ParameterWise
 from snugpt.model.sampling import Sampling, choose
 from snugpt.model.step import Batch, evaluate_batch, step
+from snugpt.model.stored_state import Int8
 from snugpt.spec.memory import Category
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -31,6 +34,9 @@ from snugpt.tracing.allocations import Allocations
 from snugpt.tracing.kernels import kernels_of, scratch_of
 
 NOT_TRACED = "compile = 'on' is not traced: what is compiled runs on its GPU only"
+OPTIMIZER_FILES = {
+    "adamw.py", "muon.py", "parameter_wise.py", "stochastic_rounding.py", "stored_state.py",
+}  # fmt: skip
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
 
 
@@ -48,7 +54,7 @@ class StepAllocations(Allocations):
         if file in ("loss.py", "sampling.py"):
             rows_of_channels = tensor.dim() > 1 and tensor.shape[-1] == self._model_dim
             return "activations" if rows_of_channels else "logits"
-        if file == "optimizers.py":
+        if file in OPTIMIZER_FILES:
             return "optimizer"
         return "gradients" if self.phase == "clip" else "activations"
 
@@ -172,14 +178,22 @@ def _label_weights(allocations: Allocations, model: GPT) -> None:
         allocations.label(mask, "weights", "window masks")
 
 
-def _label_states(allocations: Allocations, optimizers) -> None:
+def _label_states(allocations: Allocations, optimizers: list[ParameterWise]) -> None:
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        muon = isinstance(optimizer, Muon)
         for state in optimizer.state.values():
             for name, tensor in state.items():
-                counter = "counters" if name == "step" else "moments"
-                said = "Muon momentum" if kind == "Muon" else f"{kind} {counter}"
+                if name.endswith("_scale"):
+                    said = "Muon scales" if muon else "AdamW scales"
+                elif muon:
+                    said = "Muon momentum"
+                else:
+                    said = "AdamW counters" if name == "step" else "AdamW moments"
                 allocations.label(tensor, "optimizer", said)
+        for stored in optimizer.formats.values():
+            for tables in stored.tables.values() if isinstance(stored, Int8) else ():
+                for table in tables:
+                    allocations.label(table, "weights", "int8 tables")
 
 
 def _tell_workspaces(allocations: Allocations, runtime: Runtime, num_threads: int) -> None:
