@@ -83,6 +83,8 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         loss_chunk_tokens=chunk,
         checkpoint=draw.choice(["none", "blocks"]),
         optimizer=draw.choice(["muon", "adamw"]),
+        state_dtype=draw.choice(["fp32", "bf16", "int8"]),
+        weight_dtype=draw.choice(["master", "master", "bf16"]),
         schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
     )
 

@@ -44,8 +44,19 @@ def why_not(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Obje
     return None
 
 
+def _why_not_bf16_weights(
+    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime
+) -> str | None:
+    if recipe.compute_dtype == "fp16":
+        return "fp16 steps keep fp32 weights: what is scaled must not be rounded to 8 bits"
+    if recipe.compile == "on":
+        return "what the compiler makes of bf16 weights was not derived"
+    return None
+
+
 # What a lever is by default, which needs no reason, and what may stand against another value.
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
+    "weight_dtype": ("master", _why_not_bf16_weights),
     "fp8": ("off", why_not_fp8),
 }

@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Weights are fp32 (or the generation dtype); all between them is compute dtype."""
+    """The model. Weights have torch's default dtype; all between them is in the compute dtype."""
 
     def __init__(self, shape: ModelShape, runtime: Runtime, compute_dtype: str) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class GPT(nn.Module):
 
 
 def empty(*sizes: int) -> nn.Parameter:
-    """An fp32 parameter on the default device, its values still to be set."""
+    """A parameter on the default device in the default dtype, its values still to be set."""
     return nn.Parameter(torch.empty(*sizes))
 
 
