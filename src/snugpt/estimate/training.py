@@ -12,6 +12,7 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.loss_scale import loss_scale, scale_of_loss
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
 from snugpt.estimate.stacks import snugpt as stack
@@ -69,18 +70,20 @@ class TrainingStep:
     def timeline(self) -> Timeline:
         """The whole step, and an evaluation batch after it."""
         total = self.net.fixed("loss", "logits", FP32, "4")
-        self._place("forward", -1, [Event(1, total)])
+        scalars = total, *scale_of_loss(self.net)
+        self._place("forward", -1, [Event(1, scalar) for scalar in scalars])
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
-        if self.recipe.clips:
+        if self.recipe.clips or self.recipe.compute_dtype == "fp16":
             self._place("clip", -1, self._clip())
         if self.updates is None:
             self._place("optimizer", -1, self._updates_by_size())
             self._release_gradients()
-        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
+        last: Phase = "optimizer" if self.updates is None else "backward"
+        self._place(last, -1, [Event(-1, scalar) for scalar in scalars])
         self._evaluate()
-        resident = stack.resident(self.net, self.updating)
+        resident = (*stack.resident(self.net, self.updating), *loss_scale(self.net))
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}

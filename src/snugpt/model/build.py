@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snugpt.estimate import parameters
 from snugpt.model.gpt import DTYPES, GPT
+from snugpt.model.loss_scale import LossScale
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -50,6 +51,8 @@ def build_for_training(
     model.recompute_blocks = recipe.checkpoint == "blocks"
     for block in model.blocks:
         block.fp8 = recipe.fp8 == "on"
+    if recipe.compute_dtype == "fp16":
+        model.loss_scale = LossScale(model.embedding.device)
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 

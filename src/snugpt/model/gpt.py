@@ -23,10 +23,11 @@ from snugpt.model.attention import attend, window_mask
 from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
+from snugpt.model.loss_scale import LossScale
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import GATE_CHANNELS, ROPE_BASE, ModelShape, Style
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -154,8 +155,9 @@ class GPT(nn.Module):
         self.angles = None if learned else rotary_angles(shape, self.dtype)
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.recompute_blocks = False  # the lever `checkpoint = blocks`
+        self.loss_scale: LossScale | None = None  # of fp16, in training
 
-    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float | Tensor) -> Tensor:
         """`scale` x the summed cross-entropy in nats of `hidden`'s rows: (N, C), (B, T) -> ()."""
         return HeadLoss.apply(
             h, self.head_weight, targets.view(-1), self.shape.vocab_size,

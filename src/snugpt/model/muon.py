@@ -42,14 +42,18 @@ class Muon(ParameterWise):
     def update(self, weight: Tensor, group: dict[str, Any]) -> None:
         chance = self.chance_of(weight)
         self._blend(weight, group["momentum"], chance)
+        if self.dtype == torch.float16:  # which would lose small numbers before they are scaled
+            weight.grad.div_(weight.grad.norm() + 1e-7)
         update = orthogonalised(weight.grad, self.dtype)
+        if self.taken is not None:
+            update.mul_(self.taken)
         # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
         # raised.
         raised = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
         for rows in row_stretches(*weight.shape, whole=weight.dtype != torch.bfloat16):
             part = weight[rows]
             value = part.float() if part.dtype == torch.bfloat16 else part
-            value.mul_(1 - group["lr"] * group["weight_decay"])
+            value.mul_(1 - self.share(group["lr"] * group["weight_decay"]))
             value.add_(update[rows], alpha=-group["lr"] * raised)
             store(part, value, chance)
             del value
@@ -61,12 +65,12 @@ class Muon(ParameterWise):
         for stretch in stretches(weight.numel(), whole=in_place):
             part = weight.grad.view(-1)[stretch]
             grad = part.float() if part.dtype == torch.bfloat16 else part
-            momentum = stored.read(state, MOMENTUM, stretch).lerp_(grad, 1 - beta)
+            momentum = stored.read(state, MOMENTUM, stretch).lerp_(grad, self.share(1 - beta))
             grad.lerp_(momentum, beta)
             if grad is not part:
                 part.copy_(grad)
             del grad
-            stored.write(state, MOMENTUM, stretch, momentum, chance)
+            stored.write(state, MOMENTUM, stretch, momentum, chance, self.taken)
             del momentum
 
 

@@ -6,13 +6,12 @@ stores them in 2 bytes or in 1 each.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from snugpt.estimate.updating import Updating, stored_as
+from snugpt.estimate.updating import Updating, muon_dtype, stored_as
 from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
-from snugpt.model.gpt import GPT
+from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.muon import Muon
 from snugpt.model.parameter_wise import ParameterWise
 from snugpt.model.stored_state import Bf16, Format, Fp32, Int8, require_torchao
@@ -37,13 +36,12 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     }
     optimizers: list[ParameterWise] = []
     if updating.optimizer == "muon":
-        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
         optimizers.append(
             Muon(
                 groups.pop("matrices"),
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
-                dtype=torch.bfloat16 if on_cuda else torch.float32,
+                dtype=DTYPES[muon_dtype(model.runtime)],
                 **stored,
             )
         )

@@ -37,6 +37,8 @@ def step(
     """
     total = torch.zeros((), device=model.embedding.device)
     scale = recipe.world_size / recipe.total_batch_tokens
+    if model.loss_scale is not None:
+        scale = model.loss_scale.scale * scale
     if recipe.steps_in_backward:
         mark("forward")
         with updated_in_backward(optimizers):
@@ -45,7 +47,11 @@ def step(
         for micro_step in range(recipe.grad_accum_steps):
             mark("forward")
             total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
-        if recipe.clips:
+        if model.loss_scale is not None:
+            mark("clip")
+            clip_norm = recipe.schedule.clip_norm
+            model.loss_scale.settle(model.parameters(), clip_norm, optimizers, total)
+        elif recipe.clips:
             mark("clip")
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
         mark("optimizer")
@@ -80,7 +86,7 @@ def update_and_let_go(optimizer: ParameterWise, group: dict[str, Any], weight: T
 
 
 def micro_batch(
-    model: GPT, recipe: TrainingRecipe, batch: Batch, scale: float, mark: Mark
+    model: GPT, recipe: TrainingRecipe, batch: Batch, scale: float | Tensor, mark: Mark
 ) -> Tensor:
     """Forward and backward of one micro-batch; its tensors are gone when this returns."""
     tokens, targets = batch

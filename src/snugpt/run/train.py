@@ -146,7 +146,9 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of this run."""
-        return {"bits_per_byte": self.bits_per_byte}
+        scale = self.model.loss_scale
+        scaling = {} if scale is None else {"loss_scale": scale.numbers()}
+        return {"bits_per_byte": self.bits_per_byte, **scaling}
 
     def _receipt(
         self, ledger_folder: Path, argv: Sequence[str], outcome: Outcome = "fit"
@@ -188,8 +190,11 @@ class _Run:
             device_batch_size=recipe.device_batch_size, device=self.device,
             max_rows=max(1, recipe.schedule.eval_tokens // recipe.seq_len),
         )  # fmt: skip
+        self.progress.loss_scale = self.model.loss_scale
         if found is not None:
             restore(found, self.model, self.optimizers)
+            if self.model.loss_scale is not None:
+                self.model.loss_scale.put_back(found.state["loss_scale"])
             self.watcher(Notice(text=f"resumed after step {found.step}"))
 
     def _first_steps(self) -> None:

@@ -85,7 +85,7 @@ SNUGPT = Stack(
             "compile": ("off", "on"),
             "sharding": ("none",),
             "offload": ("none",),
-            "compute_dtype": ("bf16", "fp32"),
+            "compute_dtype": ("bf16", "fp16", "fp32"),
             "launcher": ("python",),
         }
     ),
