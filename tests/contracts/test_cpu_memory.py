@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from fuzzed_steps import sets_of_steps
 from recorder import cpu_runtime, measured_phases, recipe_for
 
 from snugpt.estimate.parameters import num_parameters
@@ -83,6 +84,14 @@ def test_dropout_is_predicted_with_its_masks_and_random_states(optimizer, checkp
     shape = small("gpt2", dropout=0.1)
     levers = {"optimizer": optimizer, "checkpoint": checkpoint, "accumulation": accumulation}
     assert_to_the_byte(compare(shape, batch=2, **levers))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_made_again_is_predicted(style):
+    for steps in sets_of_steps(style):
+        for depth in (1, 3):
+            shape = small(style, depth=depth)
+            assert_to_the_byte(compare(shape, batch=2, checkpoint="selective", steps=steps))
 
 
 @pytest.mark.parametrize("vocab", [512, 8192])

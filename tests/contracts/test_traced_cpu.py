@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from fuzzed_steps import sets_of_steps
 from recorder import cpu_runtime, recipe_for
 
 from snugpt.model.build import build_for_training
@@ -71,6 +72,18 @@ def test_a_trace_is_what_the_allocator_sees(style, levers):
         small(style), optimizer=optimizer, checkpoint=checkpoint, accumulation=accumulation,
         loss=loss,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_made_again_is_traced(style):
+    for steps in sets_of_steps(style):
+        assert_same_events(small(style), checkpoint="selective", steps=steps)
+
+
+@pytest.mark.parametrize("steps", [("pointwise",), ("up",), ("pointwise", "up")])
+def test_dropout_is_drawn_once_whatever_is_made_again(steps):
+    shape = small("gpt2", dropout=0.1)
+    assert_same_events(shape, checkpoint="selective", steps=steps, accumulation=2)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "blocks"])

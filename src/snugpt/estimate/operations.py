@@ -65,6 +65,14 @@ class Operation:
     gives_views: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """Operations that run again in the backward pass; their `results` are not kept meanwhile."""
+
+    operations: tuple[Operation, ...]
+    results: tuple[Buffer, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Net:
     """What the sizes of all operations depend on, and how to write one down."""

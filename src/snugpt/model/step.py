@@ -36,7 +36,7 @@ def step(
     here waits for the device. Where `recipe.steps_in_backward` the updates are part of backward.
     """
     total = torch.zeros((), device=model.embedding.device)
-    scale = recipe.world_size / recipe.total_batch_tokens
+    scale = 1 / recipe.total_batch_tokens  # of all ranks, so that sums over them are means
     if model.loss_scale is not None:
         scale = model.loss_scale.scale * scale
     if recipe.steps_in_backward:
@@ -47,16 +47,19 @@ def step(
         for micro_step in range(recipe.grad_accum_steps):
             mark("forward")
             total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
+        settles = recipe.clips or model.loss_scale is not None
+        mark("clip" if settles else "optimizer")
+        model.ranks.reduce(model, total)
         if model.loss_scale is not None:
-            mark("clip")
             clip_norm = recipe.schedule.clip_norm
             model.loss_scale.settle(model.parameters(), clip_norm, optimizers, total)
         elif recipe.clips:
-            mark("clip")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
-        mark("optimizer")
+            model.ranks.clip(model, recipe.schedule.clip_norm)
+        if settles:
+            mark("optimizer")
     for optimizer in optimizers:
         optimizer.step()  # of the gradients that are there
+    model.ranks.spread(model)
     model.zero_grad(set_to_none=True)
     return total
 

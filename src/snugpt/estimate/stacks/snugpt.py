@@ -5,12 +5,12 @@ Read beside `model/gpt.py`: the same calls in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate import scratch
 from snugpt.estimate.attending import attention, cached_attention
-from snugpt.estimate.operations import Buffer, Net, Operation, Weight
+from snugpt.estimate.operations import Buffer, Call, Net, Operation, Weight
 from snugpt.estimate.parameters import (
     all_weights,
     edge_weights,
@@ -18,6 +18,7 @@ from snugpt.estimate.parameters import (
     layer_kinds,
     layer_weights,
 )
+from snugpt.estimate.state_on_host import stages, stays
 from snugpt.estimate.updating import Updating, int8_tables, optimizer_state
 from snugpt.spec.runtime import mask_columns
 from snugpt.spec.shape import ModelShape
@@ -25,10 +26,11 @@ from snugpt.spec.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of the model: its operations and the buffer that enters it."""
+    """A stretch of the model: its operations, the buffer that enters it, what is made again."""
 
     entry: Buffer | None
     operations: tuple[Operation, ...]
+    made_again: tuple[Call, ...] = ()
 
     @property
     def result(self) -> Buffer:
@@ -77,15 +79,19 @@ def _attention_sublayer(
     q = run(kind.linear(net, h, weights["query"], "queries", "C"))
     k = run(kind.linear(net, h, weights["key"], "keys", "K·D"))
     v = run(kind.linear(net, h, weights["value"], "values", "K·D"))
+    held = [h]
     if "value_embedding" in weights:
         ve = run(kind.embedding(net, weights["value_embedding"], name="value embeddings"))
         v = run(kind.value_gate(net, h, v, ve, weights["value_gate"]))
+        held.append(ve)
     if shape.style != "gpt2":
         q = run(kind.rotary(net, q))
         k = run(kind.rotary(net, k))
     if shape.style == "nanochat":
         q = run(kind.norm(net, q, shape.num_heads, name="queries", text="H"))
         k = run(kind.norm(net, k, shape.num_kv_heads, name="keys", text="K"))
+    # What `Block.heads` is given and what it returns are alive until it returns.
+    operations[-1] = replace(operations[-1], reads=(*operations[-1].reads, *held))
     if cache_tokens is None:
         y = run(attention(net, q, k, v))
     else:
@@ -147,6 +153,7 @@ def resident(net: Net, updating: Updating | None) -> tuple[Buffer, ...]:
         buffers += _stored(net, layer_weights(shape, layer), updating) * repeats
     if updating is not None:
         buffers += int8_tables(net, all_weights(shape), updating)
+        buffers += stages(net, updating)
     if shape.style != "gpt2":
         size = shape.context_len * (shape.head_dim // 2) * net.width_bytes
         table = net.fixed("rotary tables", "weights", size, "context·D/2 each")
@@ -170,7 +177,7 @@ def _stored(net: Net, weights: dict[str, Weight], updating: Updating | None) -> 
         name, size = f"weights: {group_of(weight.name)}", weight.elements * width
         buffers.append(net.fixed(name, "weights", size, f"parameters·{width}"))
         if updating is not None:
-            buffers += optimizer_state(net, weight, updating)
+            buffers += stays(weight, optimizer_state(net, weight, updating), updating)
     return buffers
 
 
