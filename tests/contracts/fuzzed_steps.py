@@ -100,6 +100,7 @@ def training(
         state_dtype=draw.choice(["fp32", "bf16", "int8"]),
         weight_dtype=draw.choice(["master", "master", "bf16"]),
         schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
+        offload=draw.choice(["none", "none", "optimizer", "activations"]),
     )
 
 

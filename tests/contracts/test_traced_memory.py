@@ -12,6 +12,7 @@ from recorder import recipe_for
 
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.comparison import Comparison, compare
+from snugpt.estimate.host import host_bytes
 from snugpt.estimate.memory import batch_of, timeline_of
 from snugpt.spec.recipe import Recipe
 from snugpt.spec.runtime import Runtime
@@ -26,6 +27,8 @@ FLASH = Runtime(device="cuda", attention="flash", capability=(9, 0))
 
 def both(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Comparison:
     predicted, traced = timeline_of(shape, recipe, runtime), trace(shape, recipe, runtime)
+    on_host = sum(slab.fixed_bytes for slab in traced.host)
+    assert host_bytes(predicted, batch_of(recipe)) == on_host
     return compare(predicted, batch_of(recipe), traced, smallest_bytes=SCALAR_BYTES)
 
 

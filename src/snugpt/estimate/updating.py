@@ -12,16 +12,27 @@ from typing import NamedTuple
 
 from snugpt.estimate import scratch
 from snugpt.estimate.operations import BOOL, FP32, INT32, Buffer, Net, Weight
-from snugpt.estimate.parameters import group_of
+from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.estimate.timeline import Event
 from snugpt.estimate.walk import sequence
-from snugpt.spec.recipe import BYTES, Optimizer, StateDtype, TrainingRecipe
+from snugpt.spec.recipe import BYTES, Optimizer, StateDtype, TrainingRecipe, WeightDtype
+from snugpt.spec.shape import ModelShape
 
 BLOCK_ELEMENTS = 256  # that share one scale in int8, torchao's default
 SMALLEST_INT8_ELEMENTS = 4096  # below, a parameter's moments stay fp32, as in torchao
 STRETCH_ELEMENTS = 1 << 21  # that an update brings to fp32 at once: 8 MiB for each tensor of them
 TABLE_VALUES = 256  # of int8: the values, and the midpoints between them
 NEWTON_SCHULZ_STEPS = 5
+# Bytes that an update's kernels read and write for each element, and how many it starts for each
+# stretch, counted call by call (tests/estimate/test_updating.py counts them again). Stretches are
+# small enough for most caches, so that the bytes are what memory may have to move at most.
+FUSED_BYTES, FUSED_KERNELS = 28, 2  # AdamW reads and writes weight and moments, reads the gradient
+ADAMW_BYTES, ADAMW_KERNELS = 92, 15
+MUON_BYTES, MUON_KERNELS = 44, 4  # without the iteration
+MOMENT_BYTES: dict[StateDtype, int] = {"fp32": 0, "bf16": 56, "int8": 47}  # to read and store it
+MOMENT_KERNELS: dict[StateDtype, int] = {"fp32": 0, "bf16": 7, "int8": 8}
+BF16_WEIGHT_BYTES, BF16_WEIGHT_KERNELS = 65, 9
+NEWTON_SCHULZ_KERNELS = 20  # of one matrix
 
 
 class Updating(NamedTuple):
@@ -29,11 +40,14 @@ class Updating(NamedTuple):
 
     optimizer: Optimizer
     state_dtype: StateDtype
+    weight_dtype: WeightDtype = "master"
+    on_host: bool = False  # the lever `offload = optimizer`
 
     @classmethod
     def of(cls, recipe: TrainingRecipe) -> Updating:
-        """Those of a recipe; the weights' dtype is the Net's."""
-        return cls(recipe.optimizer, recipe.state_dtype)
+        """Those of a recipe."""
+        on_host = recipe.offload == "optimizer"
+        return cls(recipe.optimizer, recipe.state_dtype, recipe.weight_dtype, on_host)
 
     def by_muon(self, name: str) -> bool:
         """Whether Muon takes a parameter, by its own name in the model."""
@@ -66,6 +80,16 @@ def optimizer_state(net: Net, weight: Weight, updating: Updating) -> list[Buffer
     moment = _moment(net, weight, stored, "AdamW moments", "AdamW scales", "parameters")
     counter = net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor")
     return [*moment, *moment, counter]
+
+
+def moment_bytes(weight: Weight, updating: Updating, elements: int) -> list[int]:
+    """The bytes of each tensor of the moments of some elements of a parameter, in their order."""
+    stored = stored_as(updating.state_dtype, weight.elements)
+    if stored == "int8":
+        each = [elements, elements // BLOCK_ELEMENTS * FP32]
+    else:
+        each = [elements * BYTES[stored]]
+    return each if updating.by_muon(weight.name) else 2 * each
 
 
 def _moment(
@@ -107,6 +131,40 @@ def update(net: Net, weight: Weight, updating: Updating) -> list[Event]:
 def _in_place(net: Net, stored: StateDtype) -> bool:
     """Whether weight and moments are fp32: nothing is converted."""
     return stored == "fp32" and net.weight_bytes == FP32
+
+
+class Cost(NamedTuple):
+    """What one optimizer step asks of a device beside Muon's arithmetic."""
+
+    bytes: int
+    kernels: int
+
+
+def update_cost(shape: ModelShape, updating: Updating) -> Cost:
+    """Bytes read and written, and kernels started, by the updates of all parameters."""
+    total = _cost_of(edge_weights(shape), updating, 1)
+    for layer, repeats in layer_kinds(shape).items():
+        more = _cost_of(layer_weights(shape, layer), updating, repeats)
+        total = Cost(total.bytes + more.bytes, total.kernels + more.kernels)
+    return total
+
+
+def _cost_of(weights: dict[str, Weight], updating: Updating, repeats: int) -> Cost:
+    num_bytes = kernels = 0
+    for weight in weights.values():
+        stored, low = stored_as(updating.state_dtype, weight.elements), updating.weight_dtype
+        muon = updating.by_muon(weight.name)
+        each, started = (MUON_BYTES, MUON_KERNELS) if muon else (ADAMW_BYTES, ADAMW_KERNELS)
+        moments, times = (1 if muon else 2), -(-weight.elements // STRETCH_ELEMENTS)
+        if stored == "fp32" and low == "master":
+            times = 1
+            each, started = (each, started) if muon else (FUSED_BYTES, FUSED_KERNELS)
+        each += moments * MOMENT_BYTES[stored] + (BF16_WEIGHT_BYTES if low == "bf16" else 0)
+        started += moments * MOMENT_KERNELS[stored]
+        started += BF16_WEIGHT_KERNELS if low == "bf16" else 0
+        num_bytes += repeats * each * weight.elements
+        kernels += repeats * (times * started + (NEWTON_SCHULZ_KERNELS if muon else 0))
+    return Cost(num_bytes, kernels)
 
 
 class _Stretch:

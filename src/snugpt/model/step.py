@@ -36,7 +36,7 @@ def step(
     here waits for the device. Where `recipe.steps_in_backward` the updates are part of backward.
     """
     total = torch.zeros((), device=model.embedding.device)
-    scale = recipe.world_size / recipe.total_batch_tokens
+    scale = 1 / recipe.total_batch_tokens  # of all ranks, so that sums over them are means
     if recipe.steps_in_backward:
         mark("forward")
         with updated_in_backward(optimizers):
@@ -45,12 +45,14 @@ def step(
         for micro_step in range(recipe.grad_accum_steps):
             mark("forward")
             total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
+        mark("clip" if recipe.clips else "optimizer")
+        model.ranks.reduce(model, total)
         if recipe.clips:
-            mark("clip")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
-        mark("optimizer")
+            model.ranks.clip(model, recipe.schedule.clip_norm)
+            mark("optimizer")
     for optimizer in optimizers:
         optimizer.step()  # of the gradients that are there
+    model.ranks.spread(model)
     model.zero_grad(set_to_none=True)
     return total
 

@@ -254,7 +254,8 @@ def _base_recipe(
     return TrainingRecipe(
         seq_len=seq_len,
         device_batch_size=1,
-        grad_accum_steps=batch // seq_len,
+        grad_accum_steps=batch // seq_len // num_gpus_of(question),
+        world_size=num_gpus_of(question),
         total_batch_tokens=batch,
         total_tokens=tokens,
         compute_dtype=compute_dtype(question, machine),
@@ -263,6 +264,8 @@ def _base_recipe(
         checkpoint="none",
         compile=question.compile or "off",  # until a compiled step has run on a GPU
         optimizer=optimizer,
+        sharding=question.sharding or "none",
+        launcher=launcher_of(question),
         fp8="on" if question.fp8 else "off",
         schedule=schedule,
     )

@@ -32,6 +32,8 @@ class Progress:
         folder: RunFolder,
         meter: MemoryMeter,
         watcher: Watcher,
+        *,
+        writes: bool = True,
     ) -> None:
         self.plan, self.recipe, self.folder = plan, recipe, folder
         self.meter, self.watcher = meter, watcher
@@ -40,6 +42,7 @@ class Progress:
         self._timed_steps = 0
         self._logged_s = time.perf_counter()
         self._metrics_lost = False
+        self._writes = writes  # the first of several ranks
 
     def timed(self, step_s: float) -> None:
         """Count one step that took `step_s` seconds."""
@@ -80,6 +83,8 @@ class Progress:
 
     def write(self, **values: Any) -> None:
         """Add a line to the metrics; a full disk costs the line and one notice, not the run."""
+        if not self._writes:
+            return
         try:
             self.folder.log(**values)
         except FailedError as error:
@@ -112,7 +117,7 @@ class Progress:
         if peak is None or self.plan.gpu.backend == "cpu":
             return None
         per_token = training_flops_per_token(self.plan.shape, self.recipe.seq_len)
-        return tokens_per_s * per_token / peak
+        return tokens_per_s * per_token / peak / self.recipe.world_size
 
 
 def diverged(folder: RunFolder, step: int, what: str) -> FailedError:
