@@ -232,8 +232,8 @@ def together_table() -> str:
         fits = "fits" if found.fits else "does not fit"
         chosen = ", ".join(in_words(recipe))
         rows.append(
-            f"| {flags(asked)} | {recipe.device_batch_size} x {recipe.grad_accum_steps} | {chosen} |"
-            f" {gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)} | {fits} |"
+            f"| {flags(asked)} | {recipe.device_batch_size} x {recipe.grad_accum_steps}"
+            f" | {chosen} | {gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)} | {fits} |"
         )
     head = "| asked for | batch x passes | chosen | allocated | process, at most | card |"
     return "\n".join([head, "|---|---:|---|---:|---:|---|", *rows])
