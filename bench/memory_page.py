@@ -23,6 +23,7 @@ from snugpt.estimate.operations import Buffer, Net
 from snugpt.estimate.scratch import ASSUMED
 from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.snugpt import layer_part
+from snugpt.planner.command import flag
 from snugpt.planner.levers import in_words
 from snugpt.planner.picturing import picture_of
 from snugpt.planner.pulled import pulled, words
@@ -40,15 +41,13 @@ FLASH = Runtime(device="cuda", attention="flash", capability=(8, 9))
 HEADERS = "2.13.0, as installed"
 MODEL = Path(__file__).parents[1] / "src" / "snugpt"
 PLAIN = {"loss": "plain", "checkpoint": "none", "offload": "none", "exact": True}
-TOGETHER: dict[str, dict[str, Any]] = {
-    "the fastest that fits": {},
-    f"{BATCH} sequences at once": {"device_batch_size": BATCH},
-    f"{BATCH} sequences at once, nothing made again": {
-        "device_batch_size": BATCH,
-        "checkpoint": "none",
-    },
-    "the smallest, exact levers only": {"objective": "memory", "exact": True},
-}
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {},
+    {"device_batch_size": BATCH},
+    {"device_batch_size": BATCH, "checkpoint": "none"},
+    {"device_batch_size": BATCH, "checkpoint": "none", "offload": "none"},
+    {"objective": "memory"},
+)
 # What decides how much of a category there is, for a person.
 DECIDES = {
     "weights": "the model: 4 bytes per parameter, in fp32",
@@ -227,17 +226,23 @@ def _halved(plan: Plan) -> tuple[int, float]:
 def together_table() -> str:
     """What the planner pulls for the same model on the same card, asked in several ways."""
     rows = []
-    for said, asked in TOGETHER.items():
+    for asked in TOGETHER:
         found = snugpt.plan(gpu=GPU, depth=DEPTH, **asked)
         recipe, memory = training(found), found.memory
         fits = "fits" if found.fits else "does not fit"
         chosen = ", ".join(in_words(recipe))
         rows.append(
-            f"| {said} | {recipe.device_batch_size} x {recipe.grad_accum_steps} | {chosen} |"
+            f"| {flags(asked)} | {recipe.device_batch_size} x {recipe.grad_accum_steps} | {chosen} |"
             f" {gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)} | {fits} |"
         )
     head = "| asked for | batch x passes | chosen | allocated | process, at most | card |"
     return "\n".join([head, "|---|---:|---|---:|---:|---|", *rows])
+
+
+def flags(asked: dict[str, Any]) -> str:
+    """What is said on the command line besides the card and the depth."""
+    said = " ".join(flag(field, value) for field, value in asked.items())
+    return f"`{said}`" if said else "nothing else"
 
 
 def assumed_table() -> str:

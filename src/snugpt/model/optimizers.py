@@ -6,14 +6,15 @@ stores them in 2 bytes or in 1 each.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from snugpt.estimate.state_on_host import stage_bytes
-from snugpt.estimate.updating import Updating, stored_as
+from snugpt.estimate.updating import Updating, muon_dtype, stored_as
 from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
-from snugpt.model.gpt import GPT
+from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.muon import Muon
 from snugpt.model.parameter_wise import WITHOUT_MEMORY, ParameterWise
 from snugpt.model.state_on_host import StateOnHost
@@ -30,22 +31,24 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     """The optimizers of a recipe; together they own every parameter once."""
     schedule, updating = recipe.schedule, Updating.of(recipe)
     groups: dict[str, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    owned = model.ranks.parameters(model)
+    for name, weight in owned.items():
         groups.setdefault(group_of(name), []).append(weight)
     stored = {
-        "formats": formats_of(model, recipe.state_dtype),
-        "names": {weight: name for name, weight in model.named_parameters()},
+        "formats": formats_of(owned.values(), recipe.state_dtype),
+        "names": {weight: name for name, weight in owned.items()},
         "seed": schedule.seed,
     }
     optimizers: list[ParameterWise] = []
     if updating.optimizer == "muon":
-        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
+        whole = model.ranks.whole
         optimizers.append(
             Muon(
                 groups.pop("matrices"),
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
-                dtype=torch.bfloat16 if on_cuda else torch.float32,
+                dtype=DTYPES[muon_dtype(model.runtime, cut=whole is not None)],
+                whole=whole,
                 **stored,
             )
         )
@@ -74,7 +77,7 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     return optimizers
 
 
-def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
+def formats_of(weights: Iterable[Tensor], state_dtype: StateDtype) -> dict[Tensor, Format]:
     """How the moments of each parameter are stored.
 
     Raises:
@@ -83,7 +86,7 @@ def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
     if state_dtype == "int8":
         require_torchao()
     formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
-    return {w: formats[stored_as(state_dtype, w.numel())] for w in model.parameters()}
+    return {w: formats[stored_as(state_dtype, w.numel())] for w in weights}
 
 
 def place_states(optimizers: list[ParameterWise], on_host: StateOnHost) -> None:

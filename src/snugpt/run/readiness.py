@@ -13,6 +13,7 @@ from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import memory_estimate, runtime_of, timeline_of
 from snugpt.model.stored_state import require_torchao
 from snugpt.planner.command import command_line
+from snugpt.run.distributed import refuse_other_number
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import training_recipe
 from snugpt.spec.host import cpu_capacity_bytes
@@ -31,6 +32,7 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     """
     recipe = training_recipe(plan)
     refuse_levers(plan, recipe)
+    refuse_other_number(plan, recipe)
     if recipe.state_dtype == "int8":
         require_torchao()
     plan = predicted_anew(plan, watcher)

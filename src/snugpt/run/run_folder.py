@@ -195,7 +195,9 @@ def training_recipe(plan: Plan) -> TrainingRecipe:
             f"stack = {plan.recipe.stack!r} runs its own program, snugpt trains its own plans only",
             hint=plan.command,
         )
-    allowed: dict[str, tuple[object, ...]] = {**SNUGPT.levers, "world_size": (1,)}
+    allowed: dict[str, tuple[object, ...]] = {
+        **SNUGPT.levers, "world_size": tuple(range(1, SNUGPT.most_gpus + 1)),
+    }  # fmt: skip
     for field, values in allowed.items():
         value = getattr(plan.recipe, field)
         if value not in values:

@@ -8,8 +8,10 @@ and resumed takes the same steps as one that was not.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step as take_step
 from snugpt.run.advice import advice, resumed_line, retry_line, where
 from snugpt.run.checkpoint import Checkpoint, load_newest, restore
+from snugpt.run.distributed import Alone, joined
 from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.interrupt import Interrupt
 from snugpt.run.learning_rate import rate_factor, set_rates
@@ -68,16 +71,19 @@ def train(
         FailedError: another process trains here, the disk fails, the loss is no number any more.
         BadQuestionError: the text is too short or another plan was run here.
     """
-    plan = runnable(plan, watcher)
-    recipe = training_recipe(plan)
-    with Interrupt() as interrupt:
+    with joined() as world, Interrupt() as interrupt:
+        plan = runnable(plan, watcher)
+        recipe = training_recipe(plan)
         folder.check_same(plan, argv)
-        data = prepare_data(plan, folder, recipe, cache_dir, watcher)  # refused text leaves no run
-        with run_lock(folder.path):
-            folder.begin(plan, argv)
-            if not folder.tokenizer_file.exists():
-                data.tokenizer.save(folder.tokenizer_file)
-            run = _Run(plan, recipe, folder, data, interrupt, watcher, ledger_folder, argv)
+        data = world.first_then_others(  # refused text leaves no run
+            lambda: prepare_data(plan, folder, recipe, cache_dir, watcher)
+        )
+        with run_lock(folder.path) if world.is_first else nullcontext():
+            if world.is_first:
+                folder.begin(plan, argv)
+                if not folder.tokenizer_file.exists():
+                    data.tokenizer.save(folder.tokenizer_file)
+            run = _Run(plan, recipe, folder, data, interrupt, watcher, world, ledger_folder, argv)
             return run.to_the_end()
 
 
@@ -92,15 +98,17 @@ class _Run:
         data: PreparedData,
         interrupt: Interrupt,
         watcher: Watcher,
+        world: Alone,
         ledger_folder: Path,
         argv: Sequence[str],
     ) -> None:
+        self.world = world
         self.plan, self.recipe, self.folder = plan, recipe, folder
         self.data, self.interrupt, self.watcher = data, interrupt, watcher
         self.ledger_folder, self.argv = ledger_folder, argv
         self.device = torch.device("cuda" if plan.gpu.backend == "cuda" else "cpu")
         self.meter = MemoryMeter(self.device)
-        self.progress = Progress(plan, recipe, folder, self.meter, watcher)
+        self.progress = Progress(plan, recipe, folder, self.meter, watcher, writes=world.is_first)
         self.saver = Saver(folder, data, watcher)
         self.retries = Retries(recipe)
         self.built = False
@@ -109,8 +117,10 @@ class _Run:
 
     def to_the_end(self) -> TrainingResult:
         """Build, restore, take every step that is left, save, and write the receipt."""
-        found = load_newest(
-            self.folder.checkpoints, warn=lambda line: self.watcher(Notice(text=line))
+        found = self.world.first(
+            lambda: load_newest(
+                self.folder.checkpoints, warn=lambda line: self.watcher(Notice(text=line))
+            )
         )
         if found is not None:
             self.saver.refuse_other_text(found)
@@ -123,7 +133,8 @@ class _Run:
         if not self._took_every_step(found):
             raise self._out_of_memory()
         self.saver.save(self.step, self.model, self.optimizers, **self._state())
-        return self._result(self._receipt() if self.meter.complete else None)
+        measured = self.meter.complete and self.world.is_first
+        return self._result(self._receipt() if measured else None)
 
     def _took_every_step(self, found: Checkpoint | None) -> bool:
         """Take every step that is left; False if memory ran out on the way."""
@@ -172,7 +183,9 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of this run."""
-        return {"bits_per_byte": self.bits_per_byte, **self.retries.state}
+        scale = self.model.loss_scale
+        scaling = {} if scale is None else {"loss_scale": scale.numbers()}
+        return {"bits_per_byte": self.bits_per_byte, **scaling, **self.retries.state}
 
     def _receipt(self, outcome: Outcome = "fit") -> Measurement:
         measurement = self.meter.measurement(
@@ -205,9 +218,12 @@ class _Run:
             shape, recipe, runtime, device=self.device, seed=recipe.schedule.seed
         )
         self.optimizers = optimizers_for(self.model, recipe)
+        self.progress.loss_scale = self.model.loss_scale
         self._load_batches()
         if found is not None:
             restore(found, self.model, self.optimizers)
+            if self.model.loss_scale is not None:
+                self.model.loss_scale.put_back(found.state["loss_scale"])
             self.watcher(Notice(text=resumed_line(found.step, recipe, self.retries)))
         self.built = True
 
@@ -219,11 +235,12 @@ class _Run:
         self.loader = TrainingLoader(
             tokens=self.data.train.tokens, seq_len=recipe.seq_len, seed=recipe.schedule.seed,
             device_batch_size=recipe.device_batch_size, grad_accum_steps=recipe.grad_accum_steps,
-            device=self.device,
+            rank=self.world.rank, world_size=self.world.size, device=self.device,
         )  # fmt: skip
         self.validation = ValidationLoader(
             tokens=self.data.validation.tokens, seq_len=recipe.seq_len,
             device_batch_size=recipe.device_batch_size, device=self.device,
+            rank=self.world.rank, world_size=self.world.size,
             max_rows=max(1, recipe.schedule.eval_tokens // recipe.seq_len),
         )  # fmt: skip
 
@@ -239,7 +256,15 @@ class _Run:
         return last or self.step % self.recipe.schedule.eval_every_steps == 0
 
     def _stopping(self) -> bool:
-        return self.step >= self.recipe.num_steps or self.interrupt.requested is not None
+        return self.step >= self.recipe.num_steps or self._interrupted()
+
+    def _interrupted(self) -> bool:
+        """Whether a signal has come, to any rank: all stop at the same place."""
+        name = self.interrupt.requested
+        number = self.world.highest(signal.Signals[name] if name else 0)
+        if number:
+            self.interrupt.requested = signal.Signals(number).name
+        return number > 0
 
     def _take_step(self) -> torch.Tensor:
         """Take the next step; in smaller micro-batches if memory runs out and that can help."""
@@ -256,6 +281,9 @@ class _Run:
     def _try_step(self) -> torch.Tensor:
         self.retries.begin(self.device)
         self.model.train()
+        if self.world.size > 1 and self.plan.shape.dropout:  # each rank drops others, always these
+            seed = self.recipe.schedule.seed * 1_000_003 + self.step
+            torch.manual_seed((seed * self.world.size + self.world.rank) % 2**63)
         set_rates(
             self.optimizers, rate_factor(self.recipe.schedule, self.step, self.recipe.num_steps)
         )
@@ -303,7 +331,8 @@ class _Run:
         """End a run that smaller micro-batches could not save: keep the last good step, advise."""
         if self.built:
             make_room(self.model, self.device)
-        self._receipt("oom")
+        if self.world.speaks(DoesNotFitError.exit_code):
+            self._receipt("oom")
         memory = self.plan.memory
         return DoesNotFitError(
             f"{where(self.step, self.retries.phase)}, device_batch_size ="
@@ -331,7 +360,7 @@ class _Run:
     def _evaluate(self) -> None:
         found = bits_per_byte(
             self.model, self.recipe, self.validation, self.data.tokenizer.token_bytes,
-            stop=lambda: self.interrupt.requested is not None,
+            stop=self._interrupted, sums=self.world.sums,
         )  # fmt: skip
         if found is not None:
             self.bits_per_byte = found
@@ -341,6 +370,9 @@ class _Run:
         one = ValidationLoader(
             tokens=self.data.validation.tokens, seq_len=self.recipe.seq_len,
             device_batch_size=self.recipe.device_batch_size, device=self.device,
-            max_rows=self.recipe.device_batch_size,
+            rank=self.world.rank, world_size=self.world.size,
+            max_rows=self.recipe.device_batch_size * self.world.size,
         )  # fmt: skip
-        bits_per_byte(self.model, self.recipe, one, self.data.tokenizer.token_bytes)
+        bits_per_byte(
+            self.model, self.recipe, one, self.data.tokenizer.token_bytes, sums=self.world.sums
+        )
