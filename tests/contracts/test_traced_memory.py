@@ -53,6 +53,15 @@ def test_two_micro_steps_stand_for_any_number(style):
     assert trace_training(shape, recipe, FLASH, most_micro_steps=5).read(1)[1] == short
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_predicted_off_cuda_as_they_are_traced(style, checkpoint):
+    shape = shape_for(style, 2, context_len=160, width=64, heads=4, kv_heads=2, vocab_size=700)
+    runtime = Runtime(device="cpu", attention="cpu", num_threads=1)
+    recipe = recipe_for(shape, batch=2, accumulation=2, checkpoint=checkpoint, fp8="on")
+    assert_agree(both(shape, recipe, runtime))
+
+
 def test_a_first_step_would_miss_the_optimizers_state():
     shape = shape_for("llama", 2, context_len=128, width=64, heads=2, vocab_size=300)
     recipe = recipe_for(shape, batch=1, optimizer="adamw")

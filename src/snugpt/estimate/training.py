@@ -12,6 +12,7 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.loss_scale import loss_scale, scale_of_loss
 from snugpt.estimate.making_again import making_again
 from snugpt.estimate.offload import MovedLayers, moved_of
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
@@ -82,20 +83,22 @@ class TrainingStep:
     def timeline(self) -> Timeline:
         """The whole step, and an evaluation batch after it."""
         total = self.net.fixed("loss", "logits", FP32, "4")
-        self._place("forward", -1, [Event(1, total)])
+        scalars = total, *scale_of_loss(self.net)
+        self._place("forward", -1, [Event(1, scalar) for scalar in scalars])
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
         if self.share.is_part:
             self._place("clip" if self.recipe.clips else "optimizer", -1, self._let_go(own=False))
-        if self.recipe.clips:
+        if self.recipe.clips or self.recipe.compute_dtype == "fp16":
             self._place("clip", -1, self._clip())
         if self.updates is None:
             self._place("optimizer", -1, self._updates_by_size())
             self._release_gradients()
-        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
+        last: Phase = "optimizer" if self.updates is None else "backward"
+        self._place(last, -1, [Event(-1, scalar) for scalar in scalars])
         self._evaluate()
-        resident = self.share.resident(self.net, self.updating)
+        resident = (*self.share.resident(self.net, self.updating), *loss_scale(self.net))
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}

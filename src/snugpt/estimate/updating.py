@@ -11,11 +11,20 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from snugpt.estimate import scratch
+from snugpt.estimate.loss_scale import shares
 from snugpt.estimate.operations import BOOL, FP32, INT32, Buffer, Net, Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.estimate.timeline import Event
 from snugpt.estimate.walk import sequence
-from snugpt.spec.recipe import BYTES, Optimizer, StateDtype, TrainingRecipe, WeightDtype
+from snugpt.spec.recipe import (
+    BYTES,
+    ComputeDtype,
+    Optimizer,
+    StateDtype,
+    TrainingRecipe,
+    WeightDtype,
+)
+from snugpt.spec.runtime import FIRST_BF16, Runtime
 from snugpt.spec.shape import ModelShape
 
 BLOCK_ELEMENTS = 256  # that share one scale in int8, torchao's default
@@ -52,6 +61,17 @@ class Updating(NamedTuple):
     def by_muon(self, name: str) -> bool:
         """Whether Muon takes a parameter, by its own name in the model."""
         return self.optimizer == "muon" and group_of(name) == "matrices"
+
+
+def muon_dtype(runtime: Runtime, *, cut: bool = False) -> ComputeDtype:
+    """The dtype of Muon's iteration: two bytes on CUDA, fp16 where the card has no bf16.
+
+    A matrix that is cut over ranks is put together in bf16, which needs no scale.
+    """
+    if runtime.device != "cuda":
+        return "fp32"
+    old = runtime.capability is not None and runtime.capability < FIRST_BF16
+    return "fp16" if old and not cut else "bf16"
 
 
 def stored_as(state_dtype: StateDtype, elements: int) -> StateDtype:
@@ -198,7 +218,15 @@ class _Stretch:
         if self.stored == "bf16":
             return self.by_chance()
         codes = self.made(INT32)
-        return codes, codes
+        return *self.fresh_scales(), codes, codes
+
+    def fresh_scales(self) -> tuple[Buffer, ...]:
+        """Those of int8, put beside the old ones where the step may not be taken."""
+        if self.net.compute_dtype != "fp16":
+            return ()
+        blocks = self.elements // BLOCK_ELEMENTS
+        scales = self.net.fixed("update scratch", "optimizer", blocks * FP32, "stretch/256·4")
+        return scales, scales
 
     def weight(self) -> tuple[Buffer, ...]:
         """A copy in fp32 of weights or gradients that are bf16."""
@@ -214,7 +242,8 @@ def _adamw(net: Net, weight: Weight, stored: StateDtype) -> list[Event]:
         grad, value, denominator = of.weight(), of.weight(), of.made()
         (first_read, first), (second_read, second) = of.read(), of.read()
         buffers += [
-            *grad, *first_read, *second_read, *grad, denominator, *value, denominator,
+            *grad, *first_read, *second_read, *grad, denominator, *value, *shares(net),
+            denominator,
             *(of.by_chance() if value else ()), *value,
             *of.written(), *first, *of.written(), *second,
         ]  # fmt: skip
@@ -235,14 +264,15 @@ def _newton_schulz(net: Net, weight: Weight) -> list[Event]:
     """`muon.orthogonalised`: the matrix twice and two squares of its smaller side. Then the update
     is brought to the weight, which takes nothing unless that is bf16."""
     rows, columns = weight.rows, weight.columns
-    width = BYTES["bf16"] if net.cuda else FP32
+    dtype = muon_dtype(net.runtime)
+    width = BYTES[dtype]
     small = min(rows, columns)
 
     def made(elements: int, text: str) -> Buffer:
         return net.fixed("Muon scratch", "optimizer", elements * width, f"{text}·{width}")
 
     cast, x = (made(rows * columns, "rows·columns") for _ in range(2))
-    first = (cast,) if net.weight_bytes != width else ()
+    first = (cast,) if dtype != ("fp32" if net.weight_bytes == FP32 else "bf16") else ()
     turned = not net.cuda and rows > columns
     sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
     copied = tuple(net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)

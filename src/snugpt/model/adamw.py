@@ -40,7 +40,7 @@ class AdamW(ParameterWise):
     @torch.no_grad()
     def update(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state_of(weight)
-        state["step"].add_(1)
+        state["step"].add_(self.share(1))
         if isinstance(self.formats[weight], Fp32) and weight.dtype != torch.bfloat16:
             self._fused(weight, group)
         else:
@@ -54,29 +54,35 @@ class AdamW(ParameterWise):
                 [state[FIRST].view(-1)[part]], [state[SECOND].view(-1)[part]], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False,
+                found_inf=self.overflow,
             )  # fmt: skip
 
     def _by_stretches(self, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         stored, chance = self.formats[weight], self.chance_of(weight)
-        bias1, bias2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+        steps = state["step"] if self.taken is None else state["step"].clamp(min=1)
+        bias1, bias2 = (1 - beta**steps for beta in (beta1, beta2))
+        del steps
         bias2.sqrt_()
         for stretch, state, moments in self.stretches_of(weight, whole=False):
             grad = weight.grad.view(-1)[stretch].float()  # (n,), the gradient itself if it is fp32
-            first = stored.read(state, FIRST, moments).lerp_(grad, 1 - beta1)
+            first = stored.read(state, FIRST, moments).lerp_(grad, self.share(1 - beta1))
             second = stored.read(state, SECOND, moments)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            second.mul_(beta2 if self.taken is None else 1 - self.share(1 - beta2))
+            second.addcmul_(grad, grad, value=1 - beta2)
             del grad
             # lr m / b1 / (sqrt(v) / b2 + eps): the first bias is taken to the denominator
             denominator = second.sqrt().div_(bias2).add_(group["eps"]).mul_(bias1)
+            if self.taken is not None:
+                denominator.div_(self.taken)  # by infinity nothing is changed
             part = weight.view(-1)[stretch]
             value = part.float()
-            value.mul_(1 - group["lr"] * group["weight_decay"])
+            value.mul_(1 - self.share(group["lr"] * group["weight_decay"]))
             value.addcdiv_(first, denominator, value=-group["lr"])
             del denominator
             store(part, value, chance)
             del value
-            stored.write(state, FIRST, moments, first, chance)
+            stored.write(state, FIRST, moments, first, chance, self.taken)
             del first
-            stored.write(state, SECOND, moments, second, chance)
+            stored.write(state, SECOND, moments, second, chance, self.taken)
             del second

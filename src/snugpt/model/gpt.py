@@ -24,13 +24,14 @@ from snugpt.model.attention import attend, window_mask
 from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
+from snugpt.model.loss_scale import LossScale
 from snugpt.model.making_again import keeping
 from snugpt.model.ranks import Alone
 from snugpt.spec.recipe import SelectiveStep
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import GATE_CHANNELS, ROPE_BASE, ModelShape, Style
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -177,11 +178,12 @@ class GPT(nn.Module):
         self.angles = None if learned else rotary_angles(shape, self.dtype)
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.recompute_blocks = False  # the lever `checkpoint = blocks`
+        self.loss_scale: LossScale | None = None  # of fp16, in training
         self.around_layer: Callable = stays  # the lever `offload = activations`
         self.ranks: Alone = Alone()  # who else trains this model
         self.calls_blocks = False  # the lever `sharding = full`
 
-    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float | Tensor) -> Tensor:
         """`scale` x the summed cross-entropy in nats of `hidden`'s rows: (N, C), (B, T) -> ()."""
         return HeadLoss.apply(
             h, self.head_weight, targets.view(-1), self.shape.vocab_size,

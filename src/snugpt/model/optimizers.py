@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from snugpt.estimate.state_on_host import stage_bytes
-from snugpt.estimate.updating import Updating, stored_as
+from snugpt.estimate.updating import Updating, muon_dtype, stored_as
 from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
-from snugpt.model.gpt import GPT
+from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.muon import Muon
 from snugpt.model.parameter_wise import WITHOUT_MEMORY, ParameterWise
 from snugpt.model.state_on_host import StateOnHost
@@ -42,14 +41,14 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     }
     optimizers: list[ParameterWise] = []
     if updating.optimizer == "muon":
-        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
+        whole = model.ranks.whole
         optimizers.append(
             Muon(
                 groups.pop("matrices"),
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
-                dtype=torch.bfloat16 if on_cuda else torch.float32,
-                whole=model.ranks.whole,
+                dtype=DTYPES[muon_dtype(model.runtime, cut=whole is not None)],
+                whole=whole,
                 **stored,
             )
         )

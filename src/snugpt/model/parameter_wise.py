@@ -44,6 +44,9 @@ class ParameterWise(torch.optim.Optimizer):
         self.formats = {w: (formats or {}).get(w, plain) for w in weights}
         self.names = {w: (names or {}).get(w, str(i)) for i, w in enumerate(weights)}
         self.chance, self.num_steps = Chance(seed), 0
+        # 1 or 0 and the other way round, where only the device knows whether a step is taken
+        self.taken: Tensor | None = None
+        self.overflow: Tensor | None = None
         self.on_host: StateOnHost | None = None  # the lever `offload = optimizer`
 
     @torch.no_grad()
@@ -75,6 +78,10 @@ class ParameterWise(torch.optim.Optimizer):
         elif not state:
             state.update(self.empty_state(weight, weight.device))
         return state
+
+    def share(self, change: float) -> float | Tensor:
+        """A change as it is, or 0 in a step that is not taken."""
+        return change if self.taken is None else self.taken * change
 
     def moves(self, weight: Tensor) -> bool:
         """Whether the moments of a parameter lie on the host."""

@@ -85,7 +85,7 @@ SNUGPT = Stack(
             "compile": ("off", "on"),
             "sharding": ("none", "optimizer", "full"),
             "offload": ("none", "optimizer", "activations"),
-            "compute_dtype": ("bf16", "fp32"),
+            "compute_dtype": ("bf16", "fp16", "fp32"),
             "launcher": ("python", "torchrun"),
         }
     ),
