@@ -1,12 +1,12 @@
 """What rounding by chance is for, and what clipping does: runs beside the plain one.
 
-    python bench/rounding.py [--seeds 3] [--steps 300]
+    python bench/rounding.py [--seeds 3] [--steps 200]
 
 A small model on the built-in corpus, fp32 arithmetic, same batches and first weights for every way.
 The figures are validation bits per byte at the end, over the seeds; what counts is the difference
-from the plain run with the same seed. Rows marked "nearest" round to nearest instead of by chance:
-they are no option, they show what the chance is for. Every lever has its line in
-`lever_exactness.py`. The largest norm says whether clipping to 1 ever did anything.
+from the plain run with the same seed. Weights are rounded by chance and moments to nearest; rows
+that say otherwise are no option, they show why. Every lever has its line in `lever_exactness.py`.
+The largest norm of the gradients says whether clipping to 1 ever did anything.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from snugpt.data.prepare import PreparedData, prepare
 from snugpt.model.build import build_for_training
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step
+from snugpt.model.stochastic_rounding import round_by_chance_
+from snugpt.model.stored_state import Bf16
 from snugpt.run.evaluate import bits_per_byte
 from snugpt.run.learning_rate import rate_factor, set_rates
 from snugpt.spec.recipe import Schedule, TrainingRecipe
@@ -35,26 +37,19 @@ from snugpt.spec.shape import shape_for
 LAYERS, WIDTH, HEADS, VOCAB, T, B = 2, 64, 2, 1024, 128, 8
 SHAPE = shape_for("nanochat", LAYERS, context_len=T, width=WIDTH, heads=HEADS, vocab_size=VOCAB)
 EVALUATED_ROWS = 128
-NEAREST = {  # where rounding by chance is called from, for the moments and for the weights
-    "moments": "snugpt.model.stored_state.round_by_chance_",
-    "weights": "snugpt.model.parameter_wise.round_by_chance_",
-}
+ROUNDING = "snugpt.model.parameter_wise.round_by_chance_"
 WAYS: tuple[tuple[str, dict[str, str], float, str | None], ...] = (
     ("plain: fp32, clipped to 1", {}, 1.0, None),
     ("not clipped", {}, 0.0, None),
     ("state bf16", {"state_dtype": "bf16"}, 1.0, None),
-    ("state bf16, nearest", {"state_dtype": "bf16"}, 1.0, "moments"),
+    ("state bf16, by chance", {"state_dtype": "bf16"}, 1.0, "moments"),
     ("weights bf16", {"weight_dtype": "bf16"}, 1.0, None),
     ("weights bf16, nearest", {"weight_dtype": "bf16"}, 1.0, "weights"),
     ("AdamW alone", {"optimizer": "adamw"}, 1.0, None),
     ("AdamW alone, state bf16", {"optimizer": "adamw", "state_dtype": "bf16"}, 1.0, None),
-    (
-        "AdamW alone, state bf16, nearest",
-        {"optimizer": "adamw", "state_dtype": "bf16"},
-        1.0,
-        "moments",
-    ),
-)
+    ("AdamW alone, state bf16, by chance", {"optimizer": "adamw", "state_dtype": "bf16"}, 1.0,
+     "moments"),
+)  # fmt: skip
 
 
 def recipe_of(levers: dict[str, str], clip_norm: float, steps: int, seed: int) -> TrainingRecipe:
@@ -100,16 +95,22 @@ def trained(data: PreparedData, recipe: TrainingRecipe) -> tuple[float, float]:
     return found, largest
 
 
-def to_nearest(what: str | None):
-    if what is None:
-        return nullcontext()
-    return patch(NEAREST[what], lambda x, chance: x)  # the copy that follows rounds to nearest
+def otherwise(what: str | None):
+    """Round the weights to nearest, or the moments by chance."""
+    if what == "weights":
+        return patch(ROUNDING, lambda x, chance: x)  # the copy that follows rounds to nearest
+    source, write = torch.Generator().manual_seed(0), Bf16.write
+
+    def by_chance(self, state, name, stretch, value, taken=None) -> None:
+        write(self, state, name, stretch, round_by_chance_(value, source), taken)
+
+    return nullcontext() if what is None else patch.object(Bf16, "write", by_chance)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", default="", help="ways whose name contains this, and the plain")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,11 +121,11 @@ def main() -> None:
         )
         print(f"{'':<34}{'bits/byte':>10}{'less plain':>12}{'norm':>9}   per seed")
         plain: dict[str, list[float]] = {}
-        for name, levers, clip_norm, nearest in WAYS:
+        for name, levers, clip_norm, rounded in WAYS:
             optimizer = levers.get("optimizer", "muon")
             if asked.only not in name and optimizer in plain:
                 continue
-            with to_nearest(nearest):
+            with otherwise(rounded):
                 both = [
                     trained(data, recipe_of(levers, clip_norm, asked.steps, seed))
                     for seed in range(1, asked.seeds + 1)

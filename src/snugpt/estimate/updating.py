@@ -38,8 +38,8 @@ NEWTON_SCHULZ_STEPS = 5
 FUSED_BYTES, FUSED_KERNELS = 28, 2  # AdamW reads and writes weight and moments, reads the gradient
 ADAMW_BYTES, ADAMW_KERNELS = 92, 15
 MUON_BYTES, MUON_KERNELS = 44, 4  # without the iteration
-MOMENT_BYTES: dict[StateDtype, int] = {"fp32": 0, "bf16": 56, "int8": 47}  # to read and store it
-MOMENT_KERNELS: dict[StateDtype, int] = {"fp32": 0, "bf16": 7, "int8": 8}
+MOMENT_BYTES: dict[StateDtype, int] = {"fp32": 0, "bf16": 14, "int8": 47}  # to read and store it
+MOMENT_KERNELS: dict[StateDtype, int] = {"fp32": 0, "bf16": 2, "int8": 8}
 BF16_WEIGHT_BYTES, BF16_WEIGHT_KERNELS = 65, 9
 NEWTON_SCHULZ_KERNELS = 20  # of one matrix
 
@@ -213,10 +213,8 @@ class _Stretch:
         return (codes, *moment, codes), moment
 
     def written(self) -> tuple[Buffer, ...]:
-        if self.stored == "fp32":
+        if self.stored != "int8":
             return ()
-        if self.stored == "bf16":
-            return self.by_chance()
         codes = self.made(INT32)
         return *self.fresh_scales(), codes, codes
 

@@ -82,7 +82,7 @@ class AdamW(ParameterWise):
             del denominator
             store(part, value, chance)
             del value
-            stored.write(state, FIRST, moments, first, chance, self.taken)
+            stored.write(state, FIRST, moments, first, self.taken)
             del first
-            stored.write(state, SECOND, moments, second, chance, self.taken)
+            stored.write(state, SECOND, moments, second, self.taken)
             del second

@@ -47,7 +47,7 @@ class Muon(ParameterWise):
     @torch.no_grad()
     def update(self, weight: Tensor, group: dict[str, Any]) -> None:
         chance = self.chance_of(weight)
-        self._blend(weight, group["momentum"], chance)
+        self._blend(weight, group["momentum"])
         update, shape = self._direction(weight)
         if self.taken is not None:
             update.mul_(self.taken)
@@ -71,7 +71,7 @@ class Muon(ParameterWise):
         matrix, rows = self.whole(weight, weight.grad.to(self.dtype or weight.dtype))
         return orthogonalised(matrix, self.dtype)[rows], matrix.shape
 
-    def _blend(self, weight: Tensor, beta: float, chance: torch.Generator) -> None:
+    def _blend(self, weight: Tensor, beta: float) -> None:
         """Take the gradient into the momentum, and the momentum into the gradient."""
         stored = self.formats[weight]
         in_place = isinstance(stored, Fp32) and weight.dtype != torch.bfloat16
@@ -83,7 +83,7 @@ class Muon(ParameterWise):
             if grad is not part:
                 part.copy_(grad)
             del grad
-            stored.write(state, MOMENTUM, moments, momentum, chance, self.taken)
+            stored.write(state, MOMENTUM, moments, momentum, self.taken)
             del momentum
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from snugpt.errors import FailedError
 from snugpt.estimate.updating import BLOCK_ELEMENTS
-from snugpt.model.stochastic_rounding import round_by_chance_
 
 State = dict[str, Tensor]
 SMALLEST_SCALE = 1e-12
@@ -48,7 +47,6 @@ class Format(Protocol):
         name: str,
         stretch: slice,
         value: Tensor,
-        chance: torch.Generator,
         taken: Tensor | None = None,
     ) -> None:
         """Store what `read` gave and an update changed; the value may be overwritten.
@@ -68,12 +66,13 @@ class Fp32:
     def read(self, state: State, name: str, stretch: slice) -> Tensor:
         return state[name].view(-1)[stretch]
 
-    def write(self, state, name, stretch, value, chance, taken=None) -> None:
+    def write(self, state, name, stretch, value, taken=None) -> None:
         pass
 
 
 class Bf16:
-    """2 bytes an element, rounded by chance: an average of many steps moves by less than a bit."""
+    """2 bytes an element, rounded to nearest: with betas up to 0.95 a step moves a moment by more
+    than its last bit (bench/rounding.py: chance was no better)."""
 
     def zeros(self, name: str, weight: Tensor, device: torch.device) -> State:
         return {name: torch.zeros(weight.shape, dtype=torch.bfloat16, device=device)}
@@ -81,8 +80,8 @@ class Bf16:
     def read(self, state: State, name: str, stretch: slice) -> Tensor:
         return state[name].view(-1)[stretch].float()
 
-    def write(self, state, name, stretch, value, chance, taken=None) -> None:
-        state[name].view(-1)[stretch].copy_(round_by_chance_(value, chance))
+    def write(self, state, name, stretch, value, taken=None) -> None:
+        state[name].view(-1)[stretch].copy_(value)
 
 
 class Int8:
@@ -106,7 +105,7 @@ class Int8:
         moment.view(-1, BLOCK_ELEMENTS).mul_(self._scales(state, name, stretch))
         return moment
 
-    def write(self, state, name, stretch, value, chance, taken=None) -> None:
+    def write(self, state, name, stretch, value, taken=None) -> None:
         blocks, scales = value.view(-1, BLOCK_ELEMENTS), self._scales(state, name, stretch)
         if taken is None:
             torch.linalg.vector_norm(blocks, torch.inf, dim=1, keepdim=True, out=scales)
