@@ -231,10 +231,9 @@ def together_table() -> str:
         recipe, memory = training(found), found.memory
         fits = "fits" if found.fits else "does not fit"
         chosen = ", ".join(in_words(recipe))
-        rows.append(
-            f"| {flags(asked)} | {recipe.device_batch_size} x {recipe.grad_accum_steps} | {chosen} |"
-            f" {gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)} | {fits} |"
-        )
+        batch = f"{recipe.device_batch_size} x {recipe.grad_accum_steps}"
+        sizes = f"{gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)}"
+        rows.append(f"| {flags(asked)} | {batch} | {chosen} | {sizes} | {fits} |")
     head = "| asked for | batch x passes | chosen | allocated | process, at most | card |"
     return "\n".join([head, "|---|---:|---|---:|---:|---|", *rows])
 
