@@ -95,18 +95,18 @@ def pieces_of(shape: ModelShape, recipe: TrainingRecipe) -> tuple[Piece, ...]:
 
 
 def _whole(name: str, weight: Weight, owner: int) -> Piece:
-    rows = _torch_rows(weight)
+    rows = first_axis(weight)
     return Piece(name, 0, rows, owner, rows, weight.elements // rows)
 
 
 def _cut(name: str, weight: Weight, world_size: int) -> Iterator[Piece]:
-    rows = _torch_rows(weight)
+    rows = first_axis(weight)
     for rank in range(world_size):
         begin, end = row_range(rows, rank, world_size)
         yield Piece(name, begin, end, rank, rows, weight.elements // rows)
 
 
-def _torch_rows(weight: Weight) -> int:
+def first_axis(weight: Weight) -> int:
     """The length of a weight's first axis: a vector, which is one row here, has it alone."""
     return weight.columns if group_of(weight.name) == "norms" else weight.rows
 
