@@ -18,6 +18,7 @@ from snugpt.estimate.flops import (
 from snugpt.estimate.fp8 import more_kernels_per_layer
 from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
+from snugpt.estimate.sharding import sending_s
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
@@ -89,9 +90,14 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
         per_layer += more_kernels_per_layer(shape)
     kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
     optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
+    owners = 1 if recipe.sharding == "none" else recipe.world_size
+    optimizer /= owners
     again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
-        optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
+        # Fully sharded matrices are gathered, and every rank works out the same update.
+        sharers = 1 if recipe.sharding == "full" else owners
+        optimizer += muon_flops(shape) / sharers / flops_per_s
+    optimizer += sending_s(shape, recipe, gpu) if stack_of(recipe).version is None else 0.0
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
     return counted * time_factor(recipe, gpu.backend)
 
