@@ -70,6 +70,19 @@ def cases(shape: ModelShape, plain: TrainingRecipe, gpu: Gpu = PROCESSOR) -> Ite
         yield Case("updated in backward", at_once, later, True, changes={"clip_norm": 0.0})
 
 
+def divided(plain: TrainingRecipe) -> Iterator[Case]:
+    """Yield the steps of two processes that the trainer can take, each on half of the rows."""
+    if SNUGPT.most_gpus < 2:
+        return
+    for sharding in SNUGPT.levers["sharding"]:
+        recipe = msgspec.structs.replace(
+            plain, world_size=2, launcher="torchrun", sharding=sharding,
+            device_batch_size=plain.device_batch_size // 2,
+        )  # fmt: skip
+        changes = {"sharding": sharding, "world_size": 2}
+        yield Case(f"2 processes, sharding {sharding}", recipe, plain, True, changes=changes)
+
+
 def _case(shape: ModelShape, plain: TrainingRecipe, changes: dict[str, Any], gpu: Gpu) -> Case:
     recipe = replaced(plain, **changes)
     objection = why_not(shape, recipe, runtime_on(gpu, shape, recipe))
@@ -140,6 +153,7 @@ class Training:
         *,
         device: torch.device | str = "cpu",
         gpu: Gpu = PROCESSOR,
+        rank: int = 0,
     ) -> None:
         cut = len(tokens) - len(tokens) // VALIDATION_SHARE
         schedule = msgspec.structs.replace(recipe.schedule, seed=seed)
@@ -153,8 +167,9 @@ class Training:
             "device": device,
         }  # fmt: skip
         self.loader = TrainingLoader(
-            tokens=tokens[:cut], seed=seed, grad_accum_steps=recipe.grad_accum_steps, **sizes
-        )
+            tokens=tokens[:cut], seed=seed, grad_accum_steps=recipe.grad_accum_steps, rank=rank,
+            world_size=recipe.world_size, **sizes,
+        )  # fmt: skip
         self.validation = ValidationLoader(tokens=tokens[cut:], max_rows=64, **sizes)
         self.steps = 0
 

@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lever_cases import BYTES_OF_TEXT, Case, Training, cases, corpus, plain_recipe
+import lever_ranks
+from lever_cases import BYTES_OF_TEXT, Case, Training, cases, corpus, divided, plain_recipe
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import STYLES, ModelShape, Style, shape_for
 
@@ -87,8 +88,12 @@ class Comparison:
 def compare(
     style: Style, steps: int = STEPS, tokens: np.ndarray | None = None,
     layers: int = LAYERS, width: int = WIDTH, seq_len: int = SEQ_LEN, batch: int = BATCH,
+    processes: bool = True,
 ) -> Comparison:  # fmt: skip
-    """Train every lever of a small model of a style beside its plain run."""
+    """Train every lever of a small model of a style beside its plain run.
+
+    Without `processes` those of several processes are left out: each starts Python twice.
+    """
     shape = shape_for(
         style, layers, width=width, heads=HEADS, context_len=seq_len, vocab_size=BYTES_OF_TEXT
     )
@@ -98,16 +103,24 @@ def compare(
 
     def run(recipe: TrainingRecipe) -> list[Curve]:
         if recipe not in runs:
-            runs[recipe] = [curve(shape, recipe, text, seed) for seed in SEEDS]
+            runs[recipe] = curves_of(shape, recipe, text)
         return runs[recipe]
 
-    every = list(cases(shape, plain))
+    every = [*cases(shape, plain), *(divided(plain) if processes else ())]
     results = [beside(c, run(c.recipe), run(c.beside)) for c in every if c.refused is None]
     finals = [each.final for each in run(plain)]
     return Comparison(
         style=style, spread=max(finals) - min(finals), reordered=results[0].largest,
         results=tuple(results), refused=tuple(c for c in every if c.refused is not None),
     )  # fmt: skip
+
+
+def curves_of(shape: ModelShape, recipe: TrainingRecipe, tokens: np.ndarray) -> list[Curve]:
+    """Train a recipe from every seed."""
+    if recipe.world_size > 1:
+        found = lever_ranks.curves(shape, recipe, tokens, SEEDS)
+        return [Curve(each.losses, each.final) for each in found]
+    return [curve(shape, recipe, tokens, seed) for seed in SEEDS]
 
 
 def curve(shape: ModelShape, recipe: TrainingRecipe, tokens: np.ndarray, seed: int) -> Curve:
@@ -137,7 +150,7 @@ def lines(found: Comparison) -> Iterator[str]:
         verdict = result.verdict(found.reordered, found.spread)
         yield f"  {result.case.name:<38}{result.largest:>10.1e}{result.final:>12.1e}   {verdict}"
     for case in found.refused:
-        yield f"  {case.name:<38}{'-':>10}{'-':>12}   not on the CPU: {case.refused}"
+        yield f"  {case.name:<38}{'-':>10}{'-':>12}   not here: {case.refused}"
     yield ""
 
 

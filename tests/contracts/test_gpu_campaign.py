@@ -349,7 +349,7 @@ def test_every_option_of_the_campaign_says_what_it_does(capsys: pytest.CaptureFi
         gpu_memory.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for option, words in {
-        "--set {eager,compiled,nanochat}": "which configurations",
+        "--set {eager,compiled,levers,nanochat}": "which configurations",
         "--minutes MINUTES": "how long this call may take",
         "--device {cuda,cpu}": "cuda measures; cpu rehearses",
     }.items():

@@ -20,6 +20,8 @@ from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.sharding import sending_s
 from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.estimate.transfers import waiting_s
+from snugpt.estimate.updating import FUSED_BYTES, Cost, Updating, update_cost
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -46,7 +48,6 @@ MEASURED_BAND = 0.35  # a measured rate was taken on another shape: a third eith
 KERNEL_START_S = {"cuda": 6e-6, "cpu": 12e-6, "mps": 12e-6, "rocm": 8e-6}
 KERNELS_PER_LAYER = 90  # forward and backward of one layer, counted on the nanochat style
 COMPILED_KERNELS_PER_LAYER = 30  # fused by the compiler. Assumed.
-OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes weight and two moments, reads gradient
 
 
 class Rate(NamedTuple):
@@ -89,17 +90,28 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.fp8 == "on" and recipe.compile == "off":
         per_layer += more_kernels_per_layer(shape)
     kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
-    optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
-    owners = 1 if recipe.sharding == "none" else recipe.world_size
-    optimizer /= owners
+    if recipe.stack == "snugpt":
+        updates = update_cost(shape, Updating.of(recipe))
+    else:
+        updates = Cost(num_parameters(shape) * FUSED_BYTES, 0)  # fused and compiled
+    kernels += updates.kernels
+    owners = 1 if recipe.sharding == "none" or recipe.stack != "snugpt" else recipe.world_size
+    optimizer = updates.bytes / owners / gpu.bandwidth_bytes_per_s
     again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
-        # Fully sharded matrices are gathered, and every rank works out the same update.
-        sharers = 1 if recipe.sharding == "full" else owners
-        optimizer += muon_flops(shape) / sharers / flops_per_s
-    optimizer += sending_s(shape, recipe, gpu) if stack_of(recipe).version is None else 0.0
+        optimizer += muon_flops(shape) / matrix_sharers(recipe) / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    return counted * time_factor(recipe, gpu.backend)
+    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    if recipe.stack == "snugpt":
+        copies += sending_s(shape, recipe, gpu)
+    return counted * time_factor(recipe, gpu.backend) + copies
+
+
+def matrix_sharers(recipe: TrainingRecipe) -> int:
+    """Among how many devices Muon's matrices are divided. Ours are not where every rank updates
+    everything, nor where each gathers all of them; nanochat divides them always."""
+    ours = recipe.stack == "snugpt" and recipe.sharding != "optimizer"
+    return 1 if ours else recipe.world_size
 
 
 def speed_estimate(

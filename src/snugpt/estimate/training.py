@@ -12,12 +12,15 @@ from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.loss_scale import loss_scale, scale_of_loss
 from snugpt.estimate.making_again import making_again
+from snugpt.estimate.offload import MovedLayers, moved_of
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
 from snugpt.estimate.parameters import group_of
 from snugpt.estimate.shares import Share
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
+from snugpt.estimate.state_on_host import on_host
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.updating import Updating, update
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
@@ -66,6 +69,7 @@ class TrainingStep:
             self.embedding.result in op.keeps for op in self.embedding.operations
         )
         self.recomputes = recipe.checkpoint == "blocks"
+        self.moved = self._moved_layers()
         self.random_states = self._random_states()
         self.updating = Updating.of(recipe)
         self.updates = (
@@ -104,26 +108,29 @@ class TrainingStep:
     def timeline(self) -> Timeline:
         """The whole step, and an evaluation batch after it."""
         total = self.net.fixed("loss", "logits", FP32, "4")
-        self._place("forward", -1, [Event(1, total)])
+        scalars = total, *scale_of_loss(self.net)
+        self._place("forward", -1, [Event(1, scalar) for scalar in scalars])
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
         if self.share.is_part:
             self._place("clip" if self.recipe.clips else "optimizer", -1, self._let_go(own=False))
-        if self.recipe.clips:
+        if self.recipe.clips or self.recipe.compute_dtype == "fp16":
             self._place("clip", -1, self._clip())
         if self.updates is None:
             self._place("optimizer", -1, self._updates_by_size())
             self._release_gradients()
-        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
+        last: Phase = "optimizer" if self.updates is None else "backward"
+        self._place(last, -1, [Event(-1, scalar) for scalar in scalars])
         self._evaluate()
-        resident = self.share.resident(self.net, self.updating)
+        resident = (*self.share.resident(self.net, self.updating), *loss_scale(self.net))
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
         return Timeline(
-            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged)
-        )
+            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged),
+            (*self.moved.on_host, *on_host(self.net, self.updating)),
+        )  # fmt: skip
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
@@ -149,7 +156,23 @@ class TrainingStep:
             if key not in made:
                 events = segment_of((parts or self.trained)[key[0]], key[1])
                 made[key] = Segment(events, self.block_bytes)
+            self._place(phase, layer, self.moved.before(phase, layer))
             self.placed.append(Placed(phase, layer, made[key]))
+            self._place(phase, layer, self.moved.after(phase, layer))
+
+    def _moved_layers(self) -> MovedLayers:
+        """What `offload = activations` moves of each layer but the last."""
+        if self.recipe.offload != "activations":
+            return MovedLayers()
+        return MovedLayers(
+            tuple(
+                moved_of(
+                    self.trained[mixes], recomputes=self.recomputes,
+                    entry_stays=layer == 0 and self.embedding_keeps,
+                )
+                for layer, mixes in enumerate(self.kinds[:-1])
+            )
+        )  # fmt: skip
 
     def _random_states(self) -> tuple[Buffer, ...]:
         """What a checkpointed layer keeps to drop the same again, and the current one put aside

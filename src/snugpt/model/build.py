@@ -13,6 +13,8 @@ from torch import Tensor
 from snugpt.estimate import parameters
 from snugpt.estimate.sharding import row_range
 from snugpt.model.gpt import DTYPES, GPT, rotary_angles
+from snugpt.model.loss_scale import LossScale
+from snugpt.model.offload import offload_activations
 from snugpt.model.ranks import Alone, OwnedStates, Replicated
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -55,9 +57,13 @@ def build_for_training(
         )  # fmt: skip
     model.ranks = ranks_of(model, recipe)
     model.recompute_blocks = recipe.checkpoint == "blocks"
+    if recipe.offload == "activations":
+        offload_activations(model)
     for block in model.blocks:
         block.fp8 = recipe.fp8 == "on"
         block.made_again = recipe.selective_steps
+    if recipe.compute_dtype == "fp16":
+        model.loss_scale = LossScale(model.embedding.device)
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snugpt.estimate.updating import NEWTON_SCHULZ_STEPS, row_stretches, stretches
+from snugpt.estimate.updating import NEWTON_SCHULZ_STEPS, row_stretches
 from snugpt.model.parameter_wise import ParameterWise, store
 from snugpt.model.stored_state import Fp32, State
 
@@ -49,13 +49,15 @@ class Muon(ParameterWise):
         chance = self.chance_of(weight)
         self._blend(weight, group["momentum"], chance)
         update, shape = self._direction(weight)
+        if self.taken is not None:
+            update.mul_(self.taken)
         # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
         # raised.
         raised = max(1.0, shape[0] / shape[1]) ** 0.5
         for rows in row_stretches(*weight.shape, whole=weight.dtype != torch.bfloat16):
             part = weight[rows]
             value = part.float() if part.dtype == torch.bfloat16 else part
-            value.mul_(1 - group["lr"] * group["weight_decay"])
+            value.mul_(1 - self.share(group["lr"] * group["weight_decay"]))
             value.add_(update[rows], alpha=-group["lr"] * raised)
             store(part, value, chance)
             del value
@@ -63,23 +65,25 @@ class Muon(ParameterWise):
     def _direction(self, weight: Tensor) -> tuple[Tensor, torch.Size]:
         """The update of a parameter, and the shape of the whole matrix it belongs to."""
         if self.whole is None:
+            if self.dtype == torch.float16:  # would lose small numbers before they are scaled
+                weight.grad.div_(weight.grad.norm() + 1e-7)
             return orthogonalised(weight.grad, self.dtype), weight.shape
         matrix, rows = self.whole(weight, weight.grad.to(self.dtype or weight.dtype))
         return orthogonalised(matrix, self.dtype)[rows], matrix.shape
 
     def _blend(self, weight: Tensor, beta: float, chance: torch.Generator) -> None:
         """Take the gradient into the momentum, and the momentum into the gradient."""
-        state, stored = self.state_of(weight), self.formats[weight]
+        stored = self.formats[weight]
         in_place = isinstance(stored, Fp32) and weight.dtype != torch.bfloat16
-        for stretch in stretches(weight.numel(), whole=in_place):
+        for stretch, state, moments in self.stretches_of(weight, whole=in_place):
             part = weight.grad.view(-1)[stretch]
             grad = part.float() if part.dtype == torch.bfloat16 else part
-            momentum = stored.read(state, MOMENTUM, stretch).lerp_(grad, 1 - beta)
+            momentum = stored.read(state, MOMENTUM, moments).lerp_(grad, self.share(1 - beta))
             grad.lerp_(momentum, beta)
             if grad is not part:
                 part.copy_(grad)
             del grad
-            stored.write(state, MOMENTUM, stretch, momentum, chance)
+            stored.write(state, MOMENTUM, moments, momentum, chance, self.taken)
             del momentum
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from snugpt.errors import BadQuestionError
-from snugpt.estimate.memory import runtime_of, timeline_of
+from snugpt.estimate.host import GPU_HOST_BYTES, host_bytes
+from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.estimate.speed import speed_estimate
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import command_line, started_by
@@ -31,11 +32,10 @@ from snugpt.spec.plan import (
 )
 from snugpt.spec.question import ALIASES, Question
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
-from snugpt.units import GIB, gib, plural
+from snugpt.units import gib, plural
 
 KEPT_CHECKPOINTS = 2
 SHARDS = 2  # our own: one file of tokens to train on, one to validate
-GPU_HOST_BYTES = int(2.5 * GIB)  # resident with CUDA's libraries loaded; assumed
 MOST_ALTERNATIVES = 3
 DEFAULT_WHEELS = "default wheels"
 
@@ -184,8 +184,13 @@ def _host(made: Draft, choice: Choice) -> HostEstimate:
     """RAM, disk and one checkpoint: weights as they are trained, the optimizer's state beside."""
     recipe, machine = choice.recipe, made.machine
     runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
-    resident = timeline_of(made.shape, recipe, runtime).resident
-    state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
+    timeline = timeline_of(made.shape, recipe, runtime)
+    resident, stages = timeline.resident, "optimizer stages"
+    state = sum(
+        b.fixed_bytes
+        for b in (*resident, *timeline.host)
+        if b.category == "optimizer" and b.name != stages
+    )
     stored = 2 if isinstance(recipe, TrainingRecipe) and recipe.weight_dtype == "bf16" else 4
     weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * stored
     ranks = 1
@@ -204,7 +209,8 @@ def _host(made: Draft, choice: Choice) -> HostEstimate:
             width = 2 if made.shape.vocab_size <= 1 << 16 else 4
             disk += width * corpus_tokens(made.question, made.corpus)
     on_cpu = machine.gpu.backend == "cpu"
-    ram = choice.memory.process_bytes.high if on_cpu else ranks * GPU_HOST_BYTES
+    pinned = host_bytes(timeline, batch_of(recipe))
+    ram = choice.memory.process_bytes.high if on_cpu else ranks * GPU_HOST_BYTES + pinned
     return HostEstimate(ram_bytes=ram, disk_bytes=disk, checkpoint_bytes=checkpoint_bytes)
 
 

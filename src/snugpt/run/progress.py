@@ -10,6 +10,7 @@ import torch
 
 from snugpt.errors import FailedError
 from snugpt.estimate.flops import training_flops_per_token
+from snugpt.model.loss_scale import LossScale
 from snugpt.run.receipt import MemoryMeter
 from snugpt.run.reports import EvaluationReport, Notice, StepReport, Watcher
 from snugpt.run.run_folder import RunFolder
@@ -17,6 +18,7 @@ from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import TrainingRecipe
 
 LOG_EVERY_S = 1.0
+LEAST_LOSS_SCALE = 1.0  # 16 halvings below the first
 
 
 class Progress:
@@ -38,6 +40,7 @@ class Progress:
         self.plan, self.recipe, self.folder = plan, recipe, folder
         self.meter, self.watcher = meter, watcher
         self.loss: float | None = None
+        self.loss_scale: LossScale | None = None  # of fp16
         self._train_s = 0.0  # in steps after the metered ones, without evaluation and saving
         self._timed_steps = 0
         self._logged_s = time.perf_counter()
@@ -96,6 +99,7 @@ class Progress:
         self.loss = loss.item()
         if not math.isfinite(self.loss):
             raise diverged(self.folder, step, f"loss is {self.loss}")
+        scaling = self._scaling(step)
         rate = self.tokens_per_s or 0.0
         left = (self.recipe.num_steps - step) * self.recipe.total_batch_tokens
         allocated, reserved = self.meter.now()
@@ -109,8 +113,17 @@ class Progress:
             allocated_bytes=allocated,
             reserved_bytes=reserved,
         )
-        self.write(kind="step", step=step, loss=self.loss, tokens_per_s=rate or None)
+        self.write(kind="step", step=step, loss=self.loss, tokens_per_s=rate or None, **scaling)
         self.watcher(report)
+
+    def _scaling(self, step: int) -> dict[str, float]:
+        """The scale of the loss and the steps that were not taken for it; empty but in fp16."""
+        if self.loss_scale is None:
+            return {}
+        scale, _, skipped_steps = self.loss_scale.numbers()
+        if scale < LEAST_LOSS_SCALE:
+            raise diverged(self.folder, step, "gradients overflow fp16 however they are scaled")
+        return {"loss_scale": scale, "skipped_steps": int(skipped_steps)}
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         peak = self.plan.gpu.flops.get(self.recipe.compute_dtype)

@@ -118,13 +118,16 @@ class RunFolder:
 
 
 def _learned(part: ModelShape | Recipe) -> ModelShape | Recipe:
-    """A shape or a recipe without what may change while a run goes on."""
+    """A shape or a recipe without what may change while a run goes on: how a step is taken.
+
+    The rows of a step stay, however they are divided.
+    """
     if not isinstance(part, TrainingRecipe):
         return part
-    batch = part.device_batch_size * part.grad_accum_steps * part.world_size
+    rows = part.device_batch_size * part.grad_accum_steps * part.world_size
     return msgspec.structs.replace(
-        part, device_batch_size=batch, grad_accum_steps=1, loss="chunked", loss_chunk_tokens=1,
-        checkpoint="none", selective_steps=(), compile="off", offload="none", world_size=1,
+        part, device_batch_size=rows, grad_accum_steps=1, world_size=1, loss="chunked",
+        loss_chunk_tokens=1, checkpoint="none", selective_steps=(), compile="off", offload="none",
         sharding="none", launcher="python",
     )  # fmt: skip
 

@@ -183,7 +183,9 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of this run."""
-        return {"bits_per_byte": self.bits_per_byte, **self.retries.state}
+        scale = self.model.loss_scale
+        scaling = {} if scale is None else {"loss_scale": scale.numbers()}
+        return {"bits_per_byte": self.bits_per_byte, **scaling, **self.retries.state}
 
     def _receipt(self, outcome: Outcome = "fit") -> Measurement:
         measurement = self.meter.measurement(
@@ -216,9 +218,12 @@ class _Run:
             shape, recipe, runtime, device=self.device, seed=recipe.schedule.seed
         )
         self.optimizers = optimizers_for(self.model, recipe)
+        self.progress.loss_scale = self.model.loss_scale
         self._load_batches()
         if found is not None:
             restore(found, self.model, self.optimizers)
+            if self.model.loss_scale is not None:
+                self.model.loss_scale.put_back(found.state["loss_scale"])
             self.watcher(Notice(text=resumed_line(found.step, recipe, self.retries)))
         self.built = True
 

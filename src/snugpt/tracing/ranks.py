@@ -12,7 +12,6 @@ from snugpt.estimate.sharding import heaviest_rank
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import ModelShape
 
-
 NOT_TRACED = "sharding = 'full' is not traced: FSDP2 gathers weights on real devices only"
 
 

@@ -36,7 +36,8 @@ from snugpt.tracing.ranks import pretended_ranks
 
 NOT_TRACED = "compile = 'on' is not traced: what is compiled runs on its GPU only"
 OPTIMIZER_FILES = {
-    "adamw.py", "muon.py", "parameter_wise.py", "stochastic_rounding.py", "stored_state.py",
+    "adamw.py", "muon.py", "parameter_wise.py", "state_on_host.py", "stochastic_rounding.py",
+    "stored_state.py",
 }  # fmt: skip
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
 
@@ -199,6 +200,8 @@ def _label_states(allocations: Allocations, optimizers: list[ParameterWise]) -> 
                 else:
                     said = "AdamW counters" if name == "step" else "AdamW moments"
                 allocations.label(tensor, "optimizer", said)
+        for stage in optimizer.on_host.stages if optimizer.on_host else ():
+            allocations.label(stage.buffer, "optimizer", "optimizer stages")
         for stored in optimizer.formats.values():
             for tables in stored.tables.values() if isinstance(stored, Int8) else ():
                 for table in tables:

@@ -86,8 +86,8 @@ SNUGPT = Stack(
             "fp8": ("off", "on"),
             "compile": ("off", "on"),
             "sharding": ("none", "optimizer", "full"),
-            "offload": ("none",),
-            "compute_dtype": ("bf16", "fp32"),
+            "offload": ("none", "optimizer", "activations"),
+            "compute_dtype": ("bf16", "fp16", "fp32"),
             "launcher": ("python", "torchrun"),
         }
     ),
