@@ -101,10 +101,9 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / matrix_sharers(recipe) / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
-    if recipe.stack == "snugpt":
-        copies += sending_s(shape, recipe, gpu)
-    return counted * time_factor(recipe, gpu.backend) + copies
+    counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    sending = sending_s(shape, recipe, gpu) if recipe.stack == "snugpt" else 0.0
+    return counted * time_factor(recipe, gpu.backend) + sending
 
 
 def matrix_sharers(recipe: TrainingRecipe) -> int:
