@@ -41,7 +41,7 @@ from snugpt.units import GIB, MIB
 CHUNK_BYTES = 128 * MIB  # fp32 logits of one chunk of the loss
 SMALLEST_CHUNK_TOKENS = 64
 TIE_SHARE = 0.001  # step times nearer than this are equal: the estimate is not that sharp
-LARGEST_ESTIMATE_BYTES = 2**60
+LARGEST_ESTIMATE_BYTES = 2**55
 GRADIENT_BYTES = 4  # of a parameter, at most
 
 
