@@ -8,10 +8,12 @@ from itertools import combinations
 from msgspec.structs import replace
 from recorder import SCHEDULE
 
+from snugpt.estimate.levers import why_not
 from snugpt.spec.recipe import SELECTIVE_STEPS, GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
+FP8_SHARE = 0.7  # of those recipes whose products can be taken in it
 MOST_CHUNKS = 12  # each is a dozen operations to trace
 MOST_WEIGHTS = 131_072 * 512
 RUNTIMES: tuple[tuple[str, Runtime], ...] = (
@@ -35,7 +37,11 @@ def fuzzed(seed: int) -> Fuzzed:
     if generates:
         new = draw.randint(1, max(1, shape.context_len // 2))
         return shape, generation(draw, shape, new, dtype), runtime
-    return shape, training(draw, shape, dtype, runtime), runtime
+    recipe = training(draw, shape, dtype, runtime)
+    fp8 = replace(recipe, fp8="on")
+    if draw.random() < FP8_SHARE and why_not(shape, fp8, runtime) is None:
+        recipe = fp8
+    return shape, recipe, runtime
 
 
 def random_shape(draw: random.Random, *, drops: bool) -> ModelShape:
@@ -91,6 +97,8 @@ def training(
         checkpoint=checkpoint,
         selective_steps=steps if checkpoint == "selective" else (),
         optimizer=draw.choice(["muon", "adamw"]),
+        state_dtype=draw.choice(["fp32", "bf16", "int8"]),
+        weight_dtype=draw.choice(["master", "master", "bf16"]),
         schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
     )
 

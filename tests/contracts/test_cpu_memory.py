@@ -104,6 +104,14 @@ def test_plain_loss_holds_all_logits_at_once(style, vocab):
     assert plain["loss"][1] > logits_bytes
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_predicted(style, checkpoint):
+    fp8 = compare(small(style), batch=2, fp8="on", checkpoint=checkpoint)
+    assert_to_the_byte(fp8)
+    assert fp8["backward"] > compare(small(style), batch=2, checkpoint=checkpoint)["backward"]
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("style", STYLES)
 def test_grouped_heads_are_predicted(style, kv_heads):

@@ -107,5 +107,11 @@ def test_updates_in_backward_are_traced(style, tie, checkpoint):
     assert_same_events(shape, optimizer=optimizer, checkpoint=checkpoint, clip_norm=0.0)
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_traced(style, checkpoint):
+    assert_same_events(small(style), fp8="on", checkpoint=checkpoint, accumulation=2)
+
+
 def test_windows_are_traced():
     assert_same_events(small("nanochat", context_len=512, window_pattern="SL"))

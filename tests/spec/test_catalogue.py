@@ -19,7 +19,9 @@ from snugpt.units import GIB, MIB
 ROWS = list(catalogue().values())
 CUDA_ROWS = [gpu for gpu in ROWS if gpu.backend == "cuda"]
 
-GEFORCE_RTX = "2060 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+GEFORCE_RTX = (
+    "2060 3050-laptop-4gb 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+)
 DATA_CENTRE = "v100-16gb v100-32gb t4 a10 l4 l40s a100-40gb a100-80gb h100-80gb h200 b200"
 NEEDED = [
     *(f"rtx-{number}" for number in GEFORCE_RTX.split()),
@@ -42,6 +44,10 @@ SPELLINGS = {
     "3070ti": "rtx-3070-ti",
     "NVIDIA GeForce RTX 3090 Ti": "rtx-3090-ti",
     "rtx 3080 10gb": "rtx-3080",
+    "NVIDIA GeForce RTX 3050 Laptop GPU": "rtx-3050-laptop-4gb",
+    "rtx 3050 laptop": "rtx-3050-laptop-4gb",
+    "RTX 3050 Laptop 4GB": "rtx-3050-laptop-4gb",
+    "3050 mobile": "rtx-3050-laptop-4gb",
     "GeForce GTX 1060 6GB": "gtx-1060-6gb",
     "gtx 1060": "gtx-1060-6gb",
     "1070": "gtx-1070",
@@ -86,6 +92,8 @@ REFUSED = [
     "rtx 4090 48gb",
     "2x rtx 4090",
     "rtx 3060 ti",
+    "rtx 3050 laptop 6gb",
+    "rtx 3050 ti laptop",
     "rtx 3060 8gb",
     "rtx 3080 12gb",
     "rtx 2060 8gb",
@@ -138,7 +146,9 @@ class TestRow:
 
     def test_recalled_names_fields_that_exist_and_never_all_of_them(self, gpu: Gpu) -> None:
         figures = {"memory_bytes", "usable_bytes", "bandwidth_bytes_per_s", "flops"}
-        assert set(gpu.recalled) <= figures | {"capability", "num_multiprocessors"}
+        links = {"host_link_bytes_per_s", "peer_link_bytes_per_s", "power_w"}
+        assert set(gpu.recalled) <= figures | links | {"capability", "num_multiprocessors"}
+        assert all(getattr(gpu, field) is not None for field in gpu.recalled)
         assert not figures <= set(gpu.recalled)
 
     def test_says_which_pytorch_builds_run_on_it(self, gpu: Gpu) -> None:
@@ -151,7 +161,7 @@ class TestRow:
             assert find_gpu(name) == gpu
 
     def test_memory_and_bandwidth_are_plausible(self, gpu: Gpu) -> None:
-        assert 5 * GIB < gpu.memory_bytes < 300 * GIB
+        assert 4 * GIB <= gpu.memory_bytes < 300 * GIB
         assert gpu.memory_bytes % MIB == 0
         assert 0.6 * gpu.memory_bytes < gpu.usable_bytes < gpu.memory_bytes
         assert 50e9 < gpu.bandwidth_bytes_per_s < 10e12
@@ -169,6 +179,27 @@ class TestCudaRow:
 
     def test_driver_keeps_less_than_a_tenth(self, gpu: Gpu) -> None:
         assert gpu.usable_bytes > 0.9 * gpu.memory_bytes
+
+    def test_says_how_it_reaches_the_cpu_and_what_it_draws(self, gpu: Gpu) -> None:
+        assert gpu.host_link_bytes_per_s is not None
+        assert gpu.power_w is not None
+        assert 7e9 < gpu.host_link_bytes_per_s <= 450e9
+        assert 30 <= gpu.power_w <= 1400
+        # Efficiency tells watts from something else: Pascal gives 0.04 TFLOP/s a watt.
+        assert 0.02e12 < max(gpu.flops.values()) / gpu.power_w < 5e12
+
+    def test_pcie_is_of_its_generation(self, gpu: Gpu) -> None:
+        """Turing and older have 3.0, Ampere and Ada 4.0, Hopper and Blackwell 5.0."""
+        assert gpu.capability is not None
+        if gpu.pcie is not None:
+            expected = 3 + (gpu.capability >= (8, 0)) + (gpu.capability >= (9, 0))
+            assert gpu.pcie[0] == expected
+            assert gpu.pcie[1] in {8, 16}
+
+    def test_nvlink_is_faster_than_the_way_over_the_cpu(self, gpu: Gpu) -> None:
+        if gpu.peer_link_bytes_per_s is not None:
+            assert gpu.host_link_bytes_per_s is not None
+            assert gpu.host_link_bytes_per_s <= gpu.peer_link_bytes_per_s <= 900e9
 
     def test_formats_follow_the_compute_capability(self, gpu: Gpu) -> None:
         assert gpu.capability is not None
@@ -200,6 +231,24 @@ def test_published_dense_rates() -> None:
     printed = {"rtx-3090": 71, "rtx-4090": 165.2, "rtx-5090": 209.5, "a100-80gb": 312, "l4": 121}
     for card_id, teraflops in printed.items():
         assert catalogue()[card_id].flops["bf16"] == pytest.approx(teraflops * 1e12, rel=0.003)
+
+
+def test_published_link_rates() -> None:
+    """PCIe as tables print it one way; NVLink as NVIDIA prints it, both ways together."""
+    pcie = {"v100-16gb": 15.75, "rtx-4060": 15.75, "rtx-3090": 31.5, "rtx-5090": 63.0, "h200": 63.0}
+    for card_id, gb_per_s in pcie.items():
+        host = catalogue()[card_id].host_link_bytes_per_s
+        assert host == pytest.approx(gb_per_s * 1e9, rel=0.001)
+    nvlink = {"v100-32gb": 300, "a100-80gb": 600, "h100-80gb": 900, "b200": 1800, "rtx-3090": 112.5}
+    for card_id, gb_per_s in nvlink.items():
+        assert catalogue()[card_id].peer_link_bytes_per_s == gb_per_s * 1e9 / 2
+    assert catalogue()["rtx-4090"].peer_link_bytes_per_s is None
+
+
+def test_what_no_page_told_is_none() -> None:
+    for gpu in ROWS:
+        if gpu.backend == "mps":
+            assert (gpu.pcie, gpu.host_link_bytes_per_s, gpu.power_w) == (None, None, None)
 
 
 @pytest.mark.parametrize(("text", "card_id"), SPELLINGS.items())

@@ -139,8 +139,10 @@ def _terms(
 def _formula(buffer: Buffer, size: int, counts: dict[str, int]) -> str:
     """How a term comes about: elements of parameters, else each formula and how often it occurs."""
     if buffer.category in ("gradients", "optimizer") or buffer.name.startswith("weights"):
-        width = 2 if counts.keys() == {"parameters·2"} else 4
-        return f"{size // width:,} x {width}"
+        widths = {text.rpartition("·")[2] for text in counts}
+        width = widths.pop() if len(widths) == 1 else ""
+        each = int(width) if width in ("1", "2") else 4
+        return f"{size // each:,} x {each}"
     parts = [text if n == 1 else f"{n} x {text}" for text, n in counts.items()]
     return " + ".join(parts[:3]) + (" + ..." if len(parts) > 3 else "")
 

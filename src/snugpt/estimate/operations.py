@@ -84,6 +84,7 @@ class Net:
     casts_weights: bool = True  # training has its own dtype; generation stores them as it computes
     drops: bool = True  # dropout works in training steps only
     weight_dtype: WeightDtype = "master"  # of training
+    fp8: bool = False  # linear maps multiply in FP8, in training steps only
 
     @property
     def width_bytes(self) -> int:

@@ -34,8 +34,9 @@ class TrainingStep:
     def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
         self.net = Net(
-            shape, runtime, recipe.compute_dtype, recipe.seq_len, weight_dtype=recipe.weight_dtype
-        )
+            shape, runtime, recipe.compute_dtype, recipe.seq_len,
+            weight_dtype=recipe.weight_dtype, fp8=recipe.fp8 == "on",
+        )  # fmt: skip
         self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
@@ -173,10 +174,10 @@ class TrainingStep:
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first, update=self.updates).backward(
             part.operations, part.entry, self.gradient, made_again=part.made_again,
-            hold_entry=hold, entry_stays=entry_is_kept,
+            beside=self.random_states[:1], hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
         self._same_tensor(left, self.gradient)
-        return [*events, *backward, *(Event(-1, state) for state in self.random_states[:1])]
+        return [*events, *backward]
 
     def _same_tensor(self, name: Buffer | None, tensor: Buffer) -> None:
         if name is not None and name is not tensor:
@@ -217,7 +218,7 @@ class TrainingStep:
 
     def _evaluate(self) -> None:
         """`model.step.evaluate_batch` with the training's device batch, without gradients."""
-        net = replace(self.net, drops=False)
+        net = replace(self.net, drops=False, fp8=False)
         batch, last = self._batch_ids(), self.shape.num_layers
         self._place("evaluate", -1, sequence(batch))
         embedding = stack.embedding_part(net)
@@ -233,7 +234,8 @@ class TrainingStep:
 
     def _layer_evaluated(self, net: Net, part: Part, entry_is_kept: bool) -> list[Event]:
         layer = self.kinds.index(next(k for k, p in self.layers.items() if p is part))
-        quiet = stack.layer_part(net, layer) if net.shape.dropout else part
+        changes = net.shape.dropout or self.net.fp8
+        quiet = stack.layer_part(net, layer) if changes else part
         self._same_tensor(quiet.entry, self.stream)
         self._same_tensor(quiet.result, self.stream)
         return forward(quiet.operations, quiet.entry, keep=False)

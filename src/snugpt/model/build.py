@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,11 +21,12 @@ def build(
     runtime: Runtime,
     *,
     compute_dtype: str = "fp32",
+    weight_dtype: str = "fp32",
     device: torch.device | str = "cpu",
     seed: int | None = None,
 ) -> GPT:
     """Return the model on `device`; with a seed its weights are set, without they are empty."""
-    with torch.device(device):
+    with torch.device(device), _new_tensors_are(DTYPES[weight_dtype]):
         model = GPT(shape, runtime, compute_dtype)
     if seed is not None:
         set_weights(model, seed)
@@ -39,10 +42,15 @@ def build_for_training(
     seed: int | None = None,
 ) -> GPT:
     """Return the model with the levers of a recipe set that the model itself has."""
-    model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device=device, seed=seed)
+    stored = "bf16" if recipe.weight_dtype == "bf16" else "fp32"
+    model = build(
+        shape, runtime, compute_dtype=recipe.compute_dtype, weight_dtype=stored, device=device,
+        seed=seed,
+    )  # fmt: skip
     model.recompute_blocks = recipe.checkpoint == "blocks"
     for block in model.blocks:
         block.made_again = recipe.selective_steps
+        block.fp8 = recipe.fp8 == "on"
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 
@@ -60,6 +68,17 @@ def build_for_generation(shape: ModelShape, runtime: Runtime, weight_dtype: str,
     return model.eval()
 
 
+@contextmanager
+def _new_tensors_are(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors made in the block without a dtype of their own have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def group_of(name: str) -> ParameterGroup:
     """The group of a parameter by the name it has in `GPT`."""
     return parameters.group_of(name.rsplit(".", 1)[-1])
@@ -72,10 +91,14 @@ def set_weights(model: GPT, seed: int) -> None:
     nanochat style: unit-variance embeddings (they are normed), uniform matrices of variance 1 / C,
     projections into the residual stream zero, head 0.001. Others: 0.02, residual projections
     0.02 / sqrt(2 L), as in GPT-2. Norm weights one, value gates zero (they then let half through).
+    Weights in bf16 are those of fp32, rounded.
     """
     generator = torch.Generator(model.embedding.device).manual_seed(seed)
     for name, weight in model.named_parameters():
-        _set_weight(name.rsplit(".", 1)[-1], weight, model.shape, generator)
+        drawn = torch.empty_like(weight, dtype=torch.float32) if weight.itemsize < 4 else weight
+        _set_weight(name.rsplit(".", 1)[-1], drawn, model.shape, generator)
+        if drawn is not weight:
+            weight.copy_(drawn)
 
 
 def _set_weight(leaf: str, weight: Tensor, shape: ModelShape, generator: torch.Generator) -> None:

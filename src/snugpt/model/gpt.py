@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snugpt.model import functions as op
 from snugpt.model.attention import attend, window_mask
+from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
 from snugpt.model.making_again import keeping
@@ -62,6 +63,7 @@ class Block(nn.Module):
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
         self.made_again: tuple[SelectiveStep, ...] = ()  # the lever `checkpoint = selective`
+        self.fp8 = False  # the lever `fp8 = on`
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None  # the lever `compile = on`
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
@@ -91,7 +93,7 @@ class Block(nn.Module):
                 mask=inputs.masks.get(self.window), dropout=self.dropout,
             )  # fmt: skip
             del q, k, v
-        y = op.Linear.apply(y.view(B, T, -1), self.output)
+        y = self.linear(y.view(B, T, -1), self.output)
         y = self.dropped(y)
         return op.ResidualAdd.apply(x, y)
 
@@ -104,7 +106,7 @@ class Block(nn.Module):
             del h
             a = keep.unless({"pointwise", "up"}, self.activated, *inner)
             del inner
-            a = op.Linear.apply(a, self.down)
+            a = self.linear(a, self.down)
         a = self.dropped(a)
         return op.ResidualAdd.apply(x, a)
 
@@ -116,9 +118,9 @@ class Block(nn.Module):
         shape, device = self.shape, self.runtime.device
         B, T, _ = h.shape
         mixed: tuple[Tensor, ...] = ()
-        q = op.Linear.apply(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
-        k = op.Linear.apply(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
-        v = op.Linear.apply(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
+        q = self.linear(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
+        k = self.linear(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
+        v = self.linear(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
         if self.value_embedding is not None:
             ve = op.Embedding.apply(self.value_embedding, inputs.tokens, v.dtype, device)
             mixed = (ve.view(v.shape),)
@@ -134,13 +136,19 @@ class Block(nn.Module):
 
     def projected(self, h: Tensor) -> tuple[Tensor, ...]:
         """What the activation reads, (B, T, M) each: the up projection, before it the gate's."""
-        up = op.Linear.apply(h, self.up)
-        return (up,) if self.gate is None else (op.Linear.apply(h, self.gate), up)
+        up = self.linear(h, self.up)
+        return (up,) if self.gate is None else (self.linear(h, self.gate), up)
 
     def activated(self, *inner: Tensor) -> Tensor:
         """The style's activation of its inputs, (B, T, M)."""
         function = {"nanochat": op.ReluSquared, "gpt2": op.Gelu, "llama": op.SwiGLU}
         return function[self.shape.style].apply(*inner)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T: (..., I), (O, I) -> (..., O); in FP8 only in training."""
+        if self.fp8 and self.training:
+            return Fp8Linear.apply(x, weight, self.runtime.device)
+        return op.Linear.apply(x, weight)
 
     def dropped(self, y: Tensor) -> Tensor:
         """Dropout on a sublayer's result, only in training."""
@@ -152,7 +160,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Weights are fp32 (or the generation dtype); all between them is compute dtype."""
+    """The model. Weights have torch's default dtype; all between them is in the compute dtype."""
 
     def __init__(self, shape: ModelShape, runtime: Runtime, compute_dtype: str) -> None:
         super().__init__()
@@ -259,7 +267,7 @@ class GPT(nn.Module):
 
 
 def empty(*sizes: int) -> nn.Parameter:
-    """An fp32 parameter on the default device, its values still to be set."""
+    """A parameter on the default device in the default dtype, its values still to be set."""
     return nn.Parameter(torch.empty(*sizes))
 
 

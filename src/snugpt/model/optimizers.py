@@ -15,7 +15,7 @@ from snugpt.model.build import group_of
 from snugpt.model.gpt import GPT
 from snugpt.model.muon import Muon
 from snugpt.model.parameter_wise import ParameterWise
-from snugpt.model.stored_state import Bf16, Format, Fp32, Int8
+from snugpt.model.stored_state import Bf16, Format, Fp32, Int8, require_torchao
 from snugpt.spec.recipe import StateDtype, TrainingRecipe
 
 ADAMW_BETAS = (0.8, 0.95)
@@ -68,7 +68,13 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
 
 
 def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
-    """How the moments of each parameter are stored."""
+    """How the moments of each parameter are stored.
+
+    Raises:
+        FailedError: torchao is not installed and int8 needs it.
+    """
+    if state_dtype == "int8":
+        require_torchao()
     formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
     return {w: formats[stored_as(state_dtype, w.numel())] for w in model.parameters()}
 

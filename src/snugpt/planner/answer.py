@@ -176,12 +176,13 @@ def _data(made: Draft) -> DataEstimate:
 
 
 def _host(made: Draft, choice: Choice) -> HostEstimate:
-    """RAM, disk and one checkpoint: weights in fp32 with the optimizer's state beside them."""
+    """RAM, disk and one checkpoint: weights as they are trained, the optimizer's state beside."""
     recipe, machine = choice.recipe, made.machine
     runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
     resident = timeline_of(made.shape, recipe, runtime).resident
     state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
-    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * 4
+    stored = 2 if isinstance(recipe, TrainingRecipe) and recipe.weight_dtype == "bf16" else 4
+    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * stored
     ranks = 1
     if isinstance(recipe, TrainingRecipe) and recipe.stack != "snugpt":
         ranks = recipe.world_size  # each writes its share of the state

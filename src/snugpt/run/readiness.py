@@ -10,6 +10,7 @@ import torch
 from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
 from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import memory_estimate, runtime_of
+from snugpt.model.stored_state import require_torchao
 from snugpt.planner.command import command_line
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import training_recipe
@@ -24,9 +25,12 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     Raises:
         BadQuestionError: it is a plan to generate, or with levers that can't be pulled here.
         DoesNotFitError: it does not fit.
-        FailedError: it is for a device that is not here.
+        FailedError: it is for a device that is not here, or int8 without torchao.
     """
-    refuse_levers(plan, training_recipe(plan))
+    recipe = training_recipe(plan)
+    refuse_levers(plan, recipe)
+    if recipe.state_dtype == "int8":
+        require_torchao()
     plan = predicted_anew(plan, watcher)
     if not plan.fits:
         raise DoesNotFitError(

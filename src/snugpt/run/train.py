@@ -118,7 +118,7 @@ class _Run:
         return self._result(measurement)
 
     def _take_every_step(self, found: Checkpoint | None) -> None:
-        self.saver.refuse_full_disk(self.plan.shape)
+        self.saver.refuse_full_disk(self.plan.shape, self.recipe)
         try:
             self.meter.start()
             self._build(found)

@@ -49,6 +49,10 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     capability: tuple[int, int] | None = None
     unified: bool = False
     num_multiprocessors: int | None = None
+    pcie: tuple[int, int] | None = None
+    host_link_gb_per_s: float | None = None
+    nvlink_gb_per_s: float | None = None
+    power_w: float | None = None
     aliases: tuple[str, ...] = ()
     recalled: tuple[str, ...] = ()
 
@@ -87,12 +91,34 @@ def _gpu(row: _Row) -> Gpu:
         capability=row.capability,
         unified=row.unified,
         num_multiprocessors=row.num_multiprocessors,
+        pcie=row.pcie,
+        host_link_bytes_per_s=_host_link_bytes_per_s(row),
+        peer_link_bytes_per_s=_bytes_per_s(row.nvlink_gb_per_s),
+        power_w=row.power_w,
         pytorch=row.pytorch,
         aliases=row.aliases,
         sources=row.sources,
         date=row.date,
         recalled=row.recalled,
     )
+
+
+def _host_link_bytes_per_s(row: _Row) -> float | None:
+    """Return what the link to the CPU carries in one direction, None where it is not known.
+
+    PCIe from generation 3 on: 8 GT/s a lane, twice as much with every generation, 128 payload bits
+    in 130 (https://intel.com/content/www/us/en/docs/programmable/683111/23-4/
+    avalon-st-interface-with-optional-sr.html).
+    """
+    if row.pcie is None or row.host_link_gb_per_s is not None:
+        return _bytes_per_s(row.host_link_gb_per_s)
+    generation, lanes = row.pcie
+    bits_per_s = 8e9 * 2 ** (generation - 3) * lanes * 128 / 130
+    return bits_per_s / 8
+
+
+def _bytes_per_s(gb_per_s: float | None) -> float | None:
+    return None if gb_per_s is None else gb_per_s * 1e9
 
 
 @cache
