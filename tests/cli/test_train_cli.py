@@ -18,6 +18,7 @@ import pytest
 import torch
 from door import SMALL, Done, Door, names_under, refusal
 
+import snugpt.run.train
 from snugpt.cli.main import run
 from snugpt.cli.training_screen import TrainingScreen, receipt_lines
 from snugpt.ledger.store import read_all
@@ -266,6 +267,30 @@ def test_another_run_of_that_name_is_refused_and_kept(door: Door) -> None:
     error, _ = refusal(door(TRAIN.replace("--num-iterations 3", "--num-iterations 4")), 1)
     assert "another recipe" in error
     assert {name: Path("runs/small", name).read_bytes() for name in before} == before
+
+
+def test_out_of_memory_says_so_in_two_lines_and_the_command_it_hints_goes_on(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, taken = snugpt.run.train.take_step, []
+
+    def full_from_the_third(*arguments):
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        taken.append(take_step(*arguments))
+        return taken[-1]
+
+    with monkeypatch.context() as full:
+        full.setattr("snugpt.run.train.take_step", full_from_the_third)
+        done = door(TRAIN.replace("--num-iterations 3", "--num-iterations 6"))
+    error, hint = refusal(done, 3)
+    assert "step 2 is saved and verified" in error
+    assert len([text for text in done.err.splitlines() if "taken again" in text]) == 2
+    assert hint.startswith("snugpt train ")
+    resumed = door(hint)
+    assert resumed.code == 0, resumed.err
+    assert "resumed after step 2" in resumed.err
+    assert Path("runs/small/checkpoints/step-00000006").is_dir()
 
 
 def _interrupted(line: str, number: signal.Signals) -> Done:

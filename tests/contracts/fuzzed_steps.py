@@ -19,7 +19,7 @@ MOST_WEIGHTS = 131_072 * 512
 RUNTIMES: tuple[tuple[str, Runtime], ...] = (
     ("bf16", Runtime(device="cuda", attention="flash", capability=(9, 0))),
     ("bf16", Runtime(device="cuda", attention="flash", capability=(8, 6))),
-    ("bf16", Runtime(device="cuda", attention="efficient", capability=(7, 5))),
+    ("fp16", Runtime(device="cuda", attention="efficient", capability=(7, 5))),
     ("fp32", Runtime(device="cuda", attention="efficient", capability=(6, 1))),
     ("fp32", Runtime(device="cpu", attention="cpu", num_threads=3)),
 )
@@ -100,6 +100,7 @@ def training(
         state_dtype=draw.choice(["fp32", "bf16", "int8"]),
         weight_dtype=draw.choice(["master", "master", "bf16"]),
         schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
+        offload=draw.choice(["none", "none", "optimizer", "activations"]),
     )
 
 

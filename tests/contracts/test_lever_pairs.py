@@ -13,6 +13,7 @@ from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
 CARDS = {
     "bf16": Runtime(device="cuda", attention="flash", capability=(9, 0)),
+    "fp16": Runtime(device="cuda", attention="efficient", capability=(7, 5)),
     "fp32": Runtime(device="cuda", attention="efficient", capability=(6, 1)),
 }
 

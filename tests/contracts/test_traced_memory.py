@@ -12,6 +12,7 @@ from recorder import recipe_for
 
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.comparison import Comparison, compare
+from snugpt.estimate.host import host_bytes
 from snugpt.estimate.memory import batch_of, timeline_of
 from snugpt.spec.recipe import Recipe
 from snugpt.spec.runtime import Runtime
@@ -26,6 +27,8 @@ FLASH = Runtime(device="cuda", attention="flash", capability=(9, 0))
 
 def both(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Comparison:
     predicted, traced = timeline_of(shape, recipe, runtime), trace(shape, recipe, runtime)
+    on_host = sum(slab.fixed_bytes for slab in traced.host)
+    assert host_bytes(predicted, batch_of(recipe)) == on_host
     return compare(predicted, batch_of(recipe), traced, smallest_bytes=SCALAR_BYTES)
 
 
@@ -48,6 +51,15 @@ def test_two_micro_steps_stand_for_any_number(style):
     recipe = recipe_for(shape, batch=2, accumulation=5, dtype="bf16")
     short = trace_training(shape, recipe, FLASH).read(1)[1]
     assert trace_training(shape, recipe, FLASH, most_micro_steps=5).read(1)[1] == short
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_predicted_off_cuda_as_they_are_traced(style, checkpoint):
+    shape = shape_for(style, 2, context_len=160, width=64, heads=4, kv_heads=2, vocab_size=700)
+    runtime = Runtime(device="cpu", attention="cpu", num_threads=1)
+    recipe = recipe_for(shape, batch=2, accumulation=2, checkpoint=checkpoint, fp8="on")
+    assert_agree(both(shape, recipe, runtime))
 
 
 def test_a_first_step_would_miss_the_optimizers_state():

@@ -30,7 +30,7 @@ RUNTIMES = {
     "cpu": (Runtime(device="cpu", attention="cpu", num_threads=3), "fp32"),
     "math": (Runtime(device="cpu", attention="math", num_threads=3), "fp32"),
     "flash": (Runtime(device="cuda", attention="flash", capability=(9, 0)), "bf16"),
-    "efficient": (Runtime(device="cuda", attention="efficient", capability=(7, 5)), "bf16"),
+    "efficient": (Runtime(device="cuda", attention="efficient", capability=(7, 5)), "fp16"),
     "efficient fp32": (Runtime(device="cuda", attention="efficient", capability=(6, 1)), "fp32"),
 }
 

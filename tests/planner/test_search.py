@@ -86,21 +86,32 @@ def test_the_smallest_peak_is_smaller_than_the_fastests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype"), [("rtx-3060", "bf16"), ("t4", "fp32"), ("gtx-1070", "fp32"), ("m1", "fp32")]
+    ("gpu", "dtype"), [("rtx-3060", "bf16"), ("t4", "fp16"), ("gtx-1070", "fp16"), ("m1", "fp32")]
 )
-def test_bf16_where_the_card_has_it(gpu: str, dtype: str) -> None:
+def test_bf16_where_the_card_has_it_and_fp16_on_older_ones(gpu: str, dtype: str) -> None:
     gpu = "m1-16gb" if gpu == "m1" else gpu
     assert _training(plan(gpu=gpu, depth=4, seq_len=256)).compute_dtype == dtype
 
 
-@pytest.mark.parametrize("gpu", ["t4", "cpu"])
-def test_bf16_elsewhere_is_refused_with_what_works(gpu: str) -> None:
+@pytest.mark.parametrize(("gpu", "dtype"), [("t4", "fp16"), ("cpu", "fp32")])
+def test_bf16_elsewhere_is_refused_with_what_works(gpu: str, dtype: str) -> None:
     with pytest.raises(BadQuestionError, match="no bf16") as caught:
         answer(
             Question(gpu=gpu, depth=4, compute_dtype="bf16"),
             machine=processor() if gpu == "cpu" else None,
         )
-    assert caught.value.hint == f"snugpt plan --gpu {gpu} --depth 4 --compute-dtype fp32"
+    assert caught.value.hint == f"snugpt plan --gpu {gpu} --depth 4 --compute-dtype {dtype}"
+
+
+@pytest.mark.parametrize("field", ["compute_dtype", "weight_dtype"])
+def test_fp16_is_refused_off_cuda_and_kept_on_it(field: str) -> None:
+    task = {"task": "generate"} if field == "weight_dtype" else {}
+    asked = Question(gpu="cpu", depth=4, **{field: "fp16"}, **task)
+    with pytest.raises(BadQuestionError, match="it is for CUDA"):
+        answer(asked, machine=processor())
+    for gpu in ("t4", "rtx-3060"):
+        recipe = plan(gpu=gpu, depth=4, **{field: "fp16"}, **task).recipe
+        assert getattr(recipe, field) == "fp16"
 
 
 @pytest.mark.parametrize("vocab_size", [256, 2048, 32768, 50304, 200_000])
@@ -114,10 +125,10 @@ def test_a_chunk_of_logits_stays_within_128_mib(vocab_size: int) -> None:
 
 
 NOT_FITTING: list[dict[str, Any]] = [
-    {"gpu": "rtx-3060", "depth": 24},
+    {"gpu": "rtx-3060", "depth": 28},
     {"gpu": "rtx-4090", "depth": 12, "device_batch_size": 256, "checkpoint": "none"},
-    {"gpu": "t4", "depth": 24, "seq_len": 4096},
-    {"gpu": "gtx-1060-6gb", "preset": "500M_1024"},
+    {"gpu": "t4", "depth": 32, "seq_len": 4096},
+    {"gpu": "gtx-1060-6gb", "depth": 20},
     {"gpu": "rtx-4090", "layers": 48, "width": 4096},
     {"gpu": "t4", "depth": 4, "vocab_size": 4_000_000},
     {"gpu": "t4", "depth": 4, "reserve": 14 * GIB},
@@ -169,7 +180,7 @@ def test_what_was_rejected_is_told_with_its_bytes() -> None:
 
 
 def test_the_nearest_depth_is_the_deepest_that_fits() -> None:
-    made = plan(gpu="rtx-3060", depth=24)
+    made = plan(gpu="rtx-3060", depth=28)
     depth = int(made.alternatives[0].command.rpartition(" ")[2])
     assert plan(gpu="rtx-3060", depth=depth).fits
     assert not plan(gpu="rtx-3060", depth=depth + 1).fits

@@ -20,12 +20,20 @@ ROWS = list(catalogue().values())
 CUDA_ROWS = [gpu for gpu in ROWS if gpu.backend == "cuda"]
 
 GEFORCE_RTX = (
-    "2060 3050-laptop-4gb 3060 3070 3070-ti 3080 3090 3090-ti 4060 4070 4080 4090 5070 5080 5090"
+    "2060 2070 2080 2080-super 2080-ti 3050-laptop-4gb 3050 3060 3060-ti 3070 3070-ti 3080 "
+    "3080-12gb 3080-ti 3090 3090-ti 4060 4060-ti 4060-ti-16gb 4070 4070-super 4070-ti "
+    "4070-ti-super 4080 4080-super 4090 5060-ti-16gb 5070 5070-ti 5080 5090 3070-laptop "
+    "4060-laptop 4070-laptop 4090-laptop 5090-laptop"
 )
-DATA_CENTRE = "v100-16gb v100-32gb t4 a10 l4 l40s a100-40gb a100-80gb h100-80gb h200 b200"
+WORKSTATION = "rtx-a4000 rtx-a5000 rtx-a6000 rtx-6000-ada rtx-pro-6000"
+DATA_CENTRE = (
+    "p100-16gb v100-16gb v100-32gb t4 a10 a30 a40 l4 l40 l40s a100-40gb a100-80gb h100-80gb "
+    "h100-nvl h200 h200-nvl gh200-96gb b200 b300"
+)
 NEEDED = [
     *(f"rtx-{number}" for number in GEFORCE_RTX.split()),
-    *("gtx-1060-6gb", "gtx-1070"),
+    *("gtx-1060-6gb", "gtx-1070", "gtx-1080-ti", "gtx-1660"),
+    *WORKSTATION.split(),
     *DATA_CENTRE.split(),
 ]
 
@@ -57,7 +65,34 @@ SPELLINGS = {
     "Tesla V100-SXM2-32GB": "v100-32gb",
     "v100": "v100-16gb",
     "v100 32g": "v100-32gb",
+    "GTX 1080 Ti": "gtx-1080-ti",
+    "2080ti": "rtx-2080-ti",
+    "rtx 2070 super": "rtx-2070-super",
+    "rtx 3050": "rtx-3050",
+    "3060 ti": "rtx-3060-ti",
+    "NVIDIA GeForce RTX 3080": "rtx-3080",
+    "RTX 3080 12 GB": "rtx-3080-12gb",
+    "4060ti": "rtx-4060-ti",
+    "4060 Ti 16 GB": "rtx-4060-ti-16gb",
+    "RTX 4070 Ti SUPER": "rtx-4070-ti-super",
+    "5060 ti": "rtx-5060-ti",
+    "5060 ti 16gb": "rtx-5060-ti-16gb",
+    "rtx 4090 laptop": "rtx-4090-laptop",
+    "NVIDIA GeForce RTX 4090 Laptop GPU": "rtx-4090-laptop",
+    "4060 mobile": "rtx-4060-laptop",
+    "RTX A6000": "rtx-a6000",
+    "a6000 48gb": "rtx-a6000",
+    "NVIDIA RTX 6000 Ada Generation": "rtx-6000-ada",
+    "RTX PRO 6000 Blackwell": "rtx-pro-6000",
+    "P100": "p100-16gb",
     "NVIDIA A10": "a10",
+    "A30": "a30",
+    "A40": "a40",
+    "NVIDIA L40": "l40",
+    "H100 NVL": "h100-nvl",
+    "h200 nvl 141gb": "h200-nvl",
+    "GH200": "gh200-96gb",
+    "B300": "b300",
     "A100": "a100-40gb",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
     "NVIDIA A100-PCIE-40GB": "a100-40gb",
@@ -87,15 +122,23 @@ REFUSED = [
     "40",
     "rtx 4090 ti",
     "rtx 4090 d",
-    "rtx 4090 laptop",
-    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "rtx 4080 laptop",
+    "NVIDIA GeForce RTX 4080 Laptop GPU",
+    "rtx 4090 laptop 24gb",
+    "rtx 3060 ti 12gb",
+    "rtx 3080 20gb",
+    "rtx 3080 ti 20gb",
+    "rtx 3050 6gb",
+    "rtx 4070 super 16gb",
+    "gtx 1660 super",
+    "a6000 ada",
+    "rtx 6000",
+    "p100 12gb",
     "rtx 4090 48gb",
     "2x rtx 4090",
-    "rtx 3060 ti",
     "rtx 3050 laptop 6gb",
     "rtx 3050 ti laptop",
     "rtx 3060 8gb",
-    "rtx 3080 12gb",
     "rtx 2060 8gb",
     "rtx 2060 super",
     "gtx 4090",
@@ -104,10 +147,12 @@ REFUSED = [
     "a10g",
     "a10 0",
     "a1000",
-    "l40",
     "Tesla V100-PCIE-16GB",
-    "h100 nvl",
-    "h200 nvl",
+    "l40g",
+    "h20",
+    "h100 nvl 80gb",
+    "gb200",
+    "b300 nvl",
     "m1 ultra",
     "m4",
     "rtx 4090.0",
@@ -167,7 +212,7 @@ class TestRow:
         assert 50e9 < gpu.bandwidth_bytes_per_s < 10e12
 
     def test_rates_are_in_flops_and_rise_as_formats_shrink(self, gpu: Gpu) -> None:
-        assert 2e12 < gpu.flops["fp32"] < 120e12
+        assert 2e12 < gpu.flops["fp32"] < 130e12
         assert gpu.flops.get("tf32", gpu.flops["fp32"]) <= gpu.flops.get("bf16", 1e18)
         assert gpu.flops.get("fp16", 1e18) >= gpu.flops["fp32"]
         assert gpu.flops.get("bf16", gpu.flops.get("fp16")) == gpu.flops.get("fp16")
@@ -221,7 +266,7 @@ class TestCudaRow:
         """FLOP/s = SMs x cores per SM x 2 x clock, with a clock a card can run at."""
         assert gpu.capability is not None
         assert gpu.num_multiprocessors is not None
-        cores = 64 if gpu.capability in {(7, 0), (7, 5), (8, 0)} else 128
+        cores = 64 if gpu.capability in {(6, 0), (7, 0), (7, 5), (8, 0)} else 128
         clock_hz = gpu.flops["fp32"] / (gpu.num_multiprocessors * cores * 2)
         assert 1.3e9 < clock_hz < 2.8e9
 
@@ -309,11 +354,11 @@ def test_one_word_more_never_gives_another_card(gpu: Gpu, word: str) -> None:
 
 
 def test_loading_takes_milliseconds() -> None:
-    """`snugpt plan` has 150 ms in all; the best of five hides what else the machine does."""
+    """`snugpt plan` has 150 ms in all and this takes 10; the best of five, with room to be busy."""
 
     def loading_s() -> float:
         start = time.perf_counter()
         catalogue.__wrapped__()
         return time.perf_counter() - start
 
-    assert min(loading_s() for _ in range(5)) < 0.02
+    assert min(loading_s() for _ in range(5)) < 0.04

@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.fp8 import why_not_fp8
+from snugpt.estimate.loss_scale import why_not_fp16
 from snugpt.estimate.making_again import why_not_selective
+from snugpt.estimate.offload import why_not_offload
+from snugpt.estimate.sharding import why_not_sharded
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -58,7 +61,10 @@ def _why_not_bf16_weights(
 # What a lever is by default, which needs no reason, and what may stand against another value.
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
-    "checkpoint": ("none", why_not_selective),
     "weight_dtype": ("master", _why_not_bf16_weights),
     "fp8": ("off", why_not_fp8),
+    "compute_dtype": ("fp32", why_not_fp16),
+    "sharding": ("none", why_not_sharded),
+    "checkpoint": ("none", why_not_selective),
+    "offload": ("none", why_not_offload),
 }

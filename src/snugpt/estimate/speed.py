@@ -16,8 +16,11 @@ from snugpt.estimate.flops import (
     traffic_again_bytes_per_token,
 )
 from snugpt.estimate.fp8 import more_kernels_per_layer
+from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.estimate.transfers import waiting_s
+from snugpt.estimate.updating import FUSED_BYTES, Cost, Updating, update_cost
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -44,7 +47,6 @@ MEASURED_BAND = 0.35  # a measured rate was taken on another shape: a third eith
 KERNEL_START_S = {"cuda": 6e-6, "cpu": 12e-6, "mps": 12e-6, "rocm": 8e-6}
 KERNELS_PER_LAYER = 90  # forward and backward of one layer, counted on the nanochat style
 COMPILED_KERNELS_PER_LAYER = 30  # fused by the compiler. Assumed.
-OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes weight and two moments, reads gradient
 
 
 class Rate(NamedTuple):
@@ -79,7 +81,7 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
 
 
 def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic."""
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records."""
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
     recomputed = recompute_factor(shape, recipe)
@@ -87,11 +89,18 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.fp8 == "on" and recipe.compile == "off":
         per_layer += more_kernels_per_layer(shape)
     kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
-    optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
+    if recipe.stack == "snugpt":
+        updates = update_cost(shape, Updating.of(recipe))
+    else:
+        updates = Cost(num_parameters(shape) * FUSED_BYTES, 0)  # fused and compiled
+    kernels += updates.kernels
+    optimizer = updates.bytes / gpu.bandwidth_bytes_per_s
     again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
-    return arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    return counted * time_factor(recipe, gpu.backend) + copies
 
 
 def speed_estimate(

@@ -74,6 +74,7 @@ class Timeline:
     block_bytes: int
     aliases: dict[Buffer, Buffer] = field(default_factory=dict)  # one tensor under two names
     abridged: frozenset[Phase] = frozenset()
+    host: tuple[Buffer, ...] = ()  # what a lever puts in host memory; no event speaks of it
 
     @cached_property
     def envelope(self) -> tuple[Line, ...]:

@@ -6,17 +6,21 @@ for any number above one, because from the second on they are all alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate.compiled import compiled_layer
+from snugpt.estimate.loss_scale import loss_scale, scale_of_loss
 from snugpt.estimate.making_again import making_again
+from snugpt.estimate.offload import MovedLayers, moved_of
 from snugpt.estimate.operations import FP32, INT64, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import all_weights, edge_weights, group_of, layer_weights
+from snugpt.estimate.parameters import group_of
+from snugpt.estimate.shares import Share
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.stacks.snugpt import Part
+from snugpt.estimate.state_on_host import on_host
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
 from snugpt.estimate.updating import Updating, update
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
@@ -31,7 +35,14 @@ CPU_RANDOM_STATE_BYTES = 5056  # the tensor of `torch.get_rng_state`
 class TrainingStep:
     """Places the segments of one step; make one, call `timeline` once."""
 
-    def __init__(self, shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        recipe: TrainingRecipe,
+        runtime: Runtime,
+        rank: int | None = None,
+    ) -> None:
+        self.share = Share(shape, recipe, rank)
         self.shape, self.recipe, self.block_bytes = shape, recipe, runtime.block_bytes
         self.net = Net(
             shape, runtime, recipe.compute_dtype, recipe.seq_len,
@@ -57,6 +68,7 @@ class TrainingStep:
             self.embedding.result in op.keeps for op in self.embedding.operations
         )
         self.recomputes = recipe.checkpoint == "blocks"
+        self.moved = self._moved_layers()
         self.random_states = self._random_states()
         self.updating = Updating.of(recipe)
         self.updates = (
@@ -71,24 +83,29 @@ class TrainingStep:
     def timeline(self) -> Timeline:
         """The whole step, and an evaluation batch after it."""
         total = self.net.fixed("loss", "logits", FP32, "4")
-        self._place("forward", -1, [Event(1, total)])
+        scalars = total, *scale_of_loss(self.net)
+        self._place("forward", -1, [Event(1, scalar) for scalar in scalars])
         self._micro_step(first=True)
         if self.recipe.grad_accum_steps > 1:
             self._micro_step(first=False)
-        if self.recipe.clips:
+        if self.share.is_part:
+            self._place("clip" if self.recipe.clips else "optimizer", -1, self._let_go(own=False))
+        if self.recipe.clips or self.recipe.compute_dtype == "fp16":
             self._place("clip", -1, self._clip())
         if self.updates is None:
             self._place("optimizer", -1, self._updates_by_size())
             self._release_gradients()
-        self._place("optimizer" if self.updates is None else "backward", -1, [Event(-1, total)])
+        last: Phase = "optimizer" if self.updates is None else "backward"
+        self._place(last, -1, [Event(-1, scalar) for scalar in scalars])
         self._evaluate()
-        resident = stack.resident(self.net, self.updating)
+        resident = (*self.share.resident(self.net, self.updating), *loss_scale(self.net))
         abridged: set[Phase] = {"optimizer"}
         if self.chunk is not None:
             abridged |= {"loss", "evaluate"}
         return Timeline(
-            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged)
-        )
+            resident, tuple(self.placed), self.block_bytes, self.aliases, frozenset(abridged),
+            (*self.moved.on_host, *on_host(self.net, self.updating)),
+        )  # fmt: skip
 
     def _place(self, phase: Phase, layer: int, events: list[Event]) -> None:
         if events:
@@ -114,7 +131,23 @@ class TrainingStep:
             if key not in made:
                 events = segment_of((parts or self.trained)[key[0]], key[1])
                 made[key] = Segment(events, self.block_bytes)
+            self._place(phase, layer, self.moved.before(phase, layer))
             self.placed.append(Placed(phase, layer, made[key]))
+            self._place(phase, layer, self.moved.after(phase, layer))
+
+    def _moved_layers(self) -> MovedLayers:
+        """What `offload = activations` moves of each layer but the last."""
+        if self.recipe.offload != "activations":
+            return MovedLayers()
+        return MovedLayers(
+            tuple(
+                moved_of(
+                    self.trained[mixes], recomputes=self.recomputes,
+                    entry_stays=layer == 0 and self.embedding_keeps,
+                )
+                for layer, mixes in enumerate(self.kinds[:-1])
+            )
+        )  # fmt: skip
 
     def _random_states(self) -> tuple[Buffer, ...]:
         """What a checkpointed layer keeps to drop the same again, and the current one put aside
@@ -185,7 +218,7 @@ class TrainingStep:
 
     def _clip(self) -> list[Event]:
         """`clip_grad_norm_`: one norm per parameter tensor, and all of them stacked."""
-        num_tensors = sum(1 for _ in all_weights(self.shape))
+        num_tensors = self.share.num_tensors
         each = self.net.fixed("gradient norms", "gradients", FP32, "4 per parameter tensor")
         stacked = self.net.fixed("gradient norms", "gradients", num_tensors * FP32, "tensors·4")
         total = self.net.fixed("gradient norms", "gradients", FP32, "4")
@@ -197,16 +230,16 @@ class TrainingStep:
 
     def _updates_by_size(self) -> list[Event]:
         """The update of one parameter of each size: what the others of that size take again."""
-        weights = edge_weights(self.shape)
-        for layer in {k: self.kinds.index(k) for k in self.layers}.values():
-            weights |= layer_weights(self.shape, layer)
-        sizes = {(group_of(w.name), w.rows, w.columns): w for w in weights.values()}
+        sizes = {(group_of(w.name), w.rows, w.columns): w for w in self.share.some_weights()}
         return [e for _, w in sorted(sizes.items()) for e in update(self.net, w, self.updating)]
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
         edges = ((self.norm, self.loss), self.embedding.operations)
         seen: set[str] = set()
+        if self.share.is_part:
+            self._place("optimizer", -1, self._let_go(own=True))
+            return
         for operations in edges:
             events = []
             for weight, buffer in _weight_gradients(operations):
@@ -215,6 +248,23 @@ class TrainingStep:
                     events.append(Event(-1, buffer))
             self._place("optimizer", -1, events)
         self._place_layers("optimizer", _released, reverse=True)
+
+    def _let_go(self, *, own: bool) -> list[Event]:
+        """The gradients of which this rank owns something, or of which it owns nothing."""
+        return [
+            Event(-1, grad) for name, grad in self._gradients() if (name in self.share.owns) == own
+        ]
+
+    def _gradients(self) -> Iterator[tuple[str, Buffer]]:
+        """Every weight by its name in the model, and the gradient that backward left of it."""
+        yield from {
+            weight.name: grad
+            for operations in (self.embedding.operations, (self.norm, self.loss))
+            for weight, grad in _weight_gradients(operations)
+        }.items()
+        for layer, mixes in enumerate(self.kinds):
+            for weight, grad in _weight_gradients(self.trained[mixes].operations):
+                yield f"blocks.{layer}.{weight.name}", grad
 
     def _evaluate(self) -> None:
         """`model.step.evaluate_batch` with the training's device batch, without gradients."""

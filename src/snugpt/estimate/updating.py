@@ -11,17 +11,37 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from snugpt.estimate import scratch
+from snugpt.estimate.loss_scale import shares
 from snugpt.estimate.operations import BOOL, FP32, INT32, Buffer, Net, Weight
-from snugpt.estimate.parameters import group_of
+from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
 from snugpt.estimate.timeline import Event
 from snugpt.estimate.walk import sequence
-from snugpt.spec.recipe import BYTES, Optimizer, StateDtype, TrainingRecipe
+from snugpt.spec.recipe import (
+    BYTES,
+    ComputeDtype,
+    Optimizer,
+    StateDtype,
+    TrainingRecipe,
+    WeightDtype,
+)
+from snugpt.spec.runtime import FIRST_BF16, Runtime
+from snugpt.spec.shape import ModelShape
 
 BLOCK_ELEMENTS = 256  # that share one scale in int8, torchao's default
 SMALLEST_INT8_ELEMENTS = 4096  # below, a parameter's moments stay fp32, as in torchao
 STRETCH_ELEMENTS = 1 << 21  # that an update brings to fp32 at once: 8 MiB for each tensor of them
 TABLE_VALUES = 256  # of int8: the values, and the midpoints between them
 NEWTON_SCHULZ_STEPS = 5
+# Bytes that an update's kernels read and write for each element, and how many it starts for each
+# stretch, counted call by call (tests/estimate/test_updating.py counts them again). Stretches are
+# small enough for most caches, so that the bytes are what memory may have to move at most.
+FUSED_BYTES, FUSED_KERNELS = 28, 2  # AdamW reads and writes weight and moments, reads the gradient
+ADAMW_BYTES, ADAMW_KERNELS = 92, 15
+MUON_BYTES, MUON_KERNELS = 44, 4  # without the iteration
+MOMENT_BYTES: dict[StateDtype, int] = {"fp32": 0, "bf16": 56, "int8": 47}  # to read and store it
+MOMENT_KERNELS: dict[StateDtype, int] = {"fp32": 0, "bf16": 7, "int8": 8}
+BF16_WEIGHT_BYTES, BF16_WEIGHT_KERNELS = 65, 9
+NEWTON_SCHULZ_KERNELS = 20  # of one matrix
 
 
 class Updating(NamedTuple):
@@ -29,15 +49,29 @@ class Updating(NamedTuple):
 
     optimizer: Optimizer
     state_dtype: StateDtype
+    weight_dtype: WeightDtype = "master"
+    on_host: bool = False  # the lever `offload = optimizer`
 
     @classmethod
     def of(cls, recipe: TrainingRecipe) -> Updating:
-        """Those of a recipe; the weights' dtype is the Net's."""
-        return cls(recipe.optimizer, recipe.state_dtype)
+        """Those of a recipe."""
+        on_host = recipe.offload == "optimizer"
+        return cls(recipe.optimizer, recipe.state_dtype, recipe.weight_dtype, on_host)
 
     def by_muon(self, name: str) -> bool:
         """Whether Muon takes a parameter, by its own name in the model."""
         return self.optimizer == "muon" and group_of(name) == "matrices"
+
+
+def muon_dtype(runtime: Runtime, *, cut: bool = False) -> ComputeDtype:
+    """The dtype of Muon's iteration: two bytes on CUDA, fp16 where the card has no bf16.
+
+    A matrix that is cut over ranks is put together in bf16, which needs no scale.
+    """
+    if runtime.device != "cuda":
+        return "fp32"
+    old = runtime.capability is not None and runtime.capability < FIRST_BF16
+    return "fp16" if old and not cut else "bf16"
 
 
 def stored_as(state_dtype: StateDtype, elements: int) -> StateDtype:
@@ -66,6 +100,16 @@ def optimizer_state(net: Net, weight: Weight, updating: Updating) -> list[Buffer
     moment = _moment(net, weight, stored, "AdamW moments", "AdamW scales", "parameters")
     counter = net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor")
     return [*moment, *moment, counter]
+
+
+def moment_bytes(weight: Weight, updating: Updating, elements: int) -> list[int]:
+    """The bytes of each tensor of the moments of some elements of a parameter, in their order."""
+    stored = stored_as(updating.state_dtype, weight.elements)
+    if stored == "int8":
+        each = [elements, elements // BLOCK_ELEMENTS * FP32]
+    else:
+        each = [elements * BYTES[stored]]
+    return each if updating.by_muon(weight.name) else 2 * each
 
 
 def _moment(
@@ -109,6 +153,40 @@ def _in_place(net: Net, stored: StateDtype) -> bool:
     return stored == "fp32" and net.weight_bytes == FP32
 
 
+class Cost(NamedTuple):
+    """What one optimizer step asks of a device beside Muon's arithmetic."""
+
+    bytes: int
+    kernels: int
+
+
+def update_cost(shape: ModelShape, updating: Updating) -> Cost:
+    """Bytes read and written, and kernels started, by the updates of all parameters."""
+    total = _cost_of(edge_weights(shape), updating, 1)
+    for layer, repeats in layer_kinds(shape).items():
+        more = _cost_of(layer_weights(shape, layer), updating, repeats)
+        total = Cost(total.bytes + more.bytes, total.kernels + more.kernels)
+    return total
+
+
+def _cost_of(weights: dict[str, Weight], updating: Updating, repeats: int) -> Cost:
+    num_bytes = kernels = 0
+    for weight in weights.values():
+        stored, low = stored_as(updating.state_dtype, weight.elements), updating.weight_dtype
+        muon = updating.by_muon(weight.name)
+        each, started = (MUON_BYTES, MUON_KERNELS) if muon else (ADAMW_BYTES, ADAMW_KERNELS)
+        moments, times = (1 if muon else 2), -(-weight.elements // STRETCH_ELEMENTS)
+        if stored == "fp32" and low == "master":
+            times = 1
+            each, started = (each, started) if muon else (FUSED_BYTES, FUSED_KERNELS)
+        each += moments * MOMENT_BYTES[stored] + (BF16_WEIGHT_BYTES if low == "bf16" else 0)
+        started += moments * MOMENT_KERNELS[stored]
+        started += BF16_WEIGHT_KERNELS if low == "bf16" else 0
+        num_bytes += repeats * each * weight.elements
+        kernels += repeats * (times * started + (NEWTON_SCHULZ_KERNELS if muon else 0))
+    return Cost(num_bytes, kernels)
+
+
 class _Stretch:
     """The tensors of one stretch: `made` names an fp32 one, `reads` and `writes` what stored ones
     take on the way."""
@@ -140,7 +218,15 @@ class _Stretch:
         if self.stored == "bf16":
             return self.by_chance()
         codes = self.made(INT32)
-        return codes, codes
+        return *self.fresh_scales(), codes, codes
+
+    def fresh_scales(self) -> tuple[Buffer, ...]:
+        """Those of int8, put beside the old ones where the step may not be taken."""
+        if self.net.compute_dtype != "fp16":
+            return ()
+        blocks = self.elements // BLOCK_ELEMENTS
+        scales = self.net.fixed("update scratch", "optimizer", blocks * FP32, "stretch/256·4")
+        return scales, scales
 
     def weight(self) -> tuple[Buffer, ...]:
         """A copy in fp32 of weights or gradients that are bf16."""
@@ -156,7 +242,8 @@ def _adamw(net: Net, weight: Weight, stored: StateDtype) -> list[Event]:
         grad, value, denominator = of.weight(), of.weight(), of.made()
         (first_read, first), (second_read, second) = of.read(), of.read()
         buffers += [
-            *grad, *first_read, *second_read, *grad, denominator, *value, denominator,
+            *grad, *first_read, *second_read, *grad, denominator, *value, *shares(net),
+            denominator,
             *(of.by_chance() if value else ()), *value,
             *of.written(), *first, *of.written(), *second,
         ]  # fmt: skip
@@ -177,14 +264,15 @@ def _newton_schulz(net: Net, weight: Weight) -> list[Event]:
     """`muon.orthogonalised`: the matrix twice and two squares of its smaller side. Then the update
     is brought to the weight, which takes nothing unless that is bf16."""
     rows, columns = weight.rows, weight.columns
-    width = BYTES["bf16"] if net.cuda else FP32
+    dtype = muon_dtype(net.runtime)
+    width = BYTES[dtype]
     small = min(rows, columns)
 
     def made(elements: int, text: str) -> Buffer:
         return net.fixed("Muon scratch", "optimizer", elements * width, f"{text}·{width}")
 
     cast, x = (made(rows * columns, "rows·columns") for _ in range(2))
-    first = (cast,) if net.weight_bytes != width else ()
+    first = (cast,) if dtype != ("fp32" if net.weight_bytes == FP32 else "bf16") else ()
     turned = not net.cuda and rows > columns
     sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
     copied = tuple(net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snugpt.estimate.updating import stretches
 from snugpt.model.parameter_wise import ParameterWise, store
 from snugpt.model.stored_state import Fp32, State
 
@@ -41,41 +40,49 @@ class AdamW(ParameterWise):
     @torch.no_grad()
     def update(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state_of(weight)
-        state["step"].add_(1)
+        state["step"].add_(self.share(1))
         if isinstance(self.formats[weight], Fp32) and weight.dtype != torch.bfloat16:
-            self._fused(weight, state, group)
+            self._fused(weight, group)
         else:
             self._by_stretches(weight, state, group)
 
-    def _fused(self, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+    def _fused(self, weight: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            [weight], [weight.grad], [state[FIRST]], [state[SECOND]], [], [state["step"]],
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False,
-        )  # fmt: skip
+        for stretch, state, part in self.stretches_of(weight, whole=True):
+            torch._fused_adamw_(
+                [weight.view(-1)[stretch]], [weight.grad.view(-1)[stretch]],
+                [state[FIRST].view(-1)[part]], [state[SECOND].view(-1)[part]], [], [state["step"]],
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                eps=group["eps"], amsgrad=False, maximize=False,
+                found_inf=self.overflow,
+            )  # fmt: skip
 
     def _by_stretches(self, weight: Tensor, state: State, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         stored, chance = self.formats[weight], self.chance_of(weight)
-        bias1, bias2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+        steps = state["step"] if self.taken is None else state["step"].clamp(min=1)
+        bias1, bias2 = (1 - beta**steps for beta in (beta1, beta2))
+        del steps
         bias2.sqrt_()
-        for stretch in stretches(weight.numel()):
+        for stretch, state, moments in self.stretches_of(weight, whole=False):
             grad = weight.grad.view(-1)[stretch].float()  # (n,), the gradient itself if it is fp32
-            first = stored.read(state, FIRST, stretch).lerp_(grad, 1 - beta1)
-            second = stored.read(state, SECOND, stretch)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            first = stored.read(state, FIRST, moments).lerp_(grad, self.share(1 - beta1))
+            second = stored.read(state, SECOND, moments)
+            second.mul_(beta2 if self.taken is None else 1 - self.share(1 - beta2))
+            second.addcmul_(grad, grad, value=1 - beta2)
             del grad
             # lr m / b1 / (sqrt(v) / b2 + eps): the first bias is taken to the denominator
             denominator = second.sqrt().div_(bias2).add_(group["eps"]).mul_(bias1)
+            if self.taken is not None:
+                denominator.div_(self.taken)  # by infinity nothing is changed
             part = weight.view(-1)[stretch]
             value = part.float()
-            value.mul_(1 - group["lr"] * group["weight_decay"])
+            value.mul_(1 - self.share(group["lr"] * group["weight_decay"]))
             value.addcdiv_(first, denominator, value=-group["lr"])
             del denominator
             store(part, value, chance)
             del value
-            stored.write(state, FIRST, stretch, first, chance)
+            stored.write(state, FIRST, moments, first, chance, self.taken)
             del first
-            stored.write(state, SECOND, stretch, second, chance)
+            stored.write(state, SECOND, moments, second, chance, self.taken)
             del second

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from snugpt.estimate import parameters
-from snugpt.model.gpt import DTYPES, GPT
+from snugpt.estimate.sharding import row_range
+from snugpt.model.gpt import DTYPES, GPT, rotary_angles
+from snugpt.model.loss_scale import LossScale
+from snugpt.model.offload import offload_activations
+from snugpt.model.ranks import Alone, OwnedStates, Replicated
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, ParameterGroup
@@ -43,19 +48,61 @@ def build_for_training(
 ) -> GPT:
     """Return the model with the levers of a recipe set that the model itself has."""
     stored = "bf16" if recipe.weight_dtype == "bf16" else "fp32"
-    model = build(
-        shape, runtime, compute_dtype=recipe.compute_dtype, weight_dtype=stored, device=device,
-        seed=seed,
-    )  # fmt: skip
+    if recipe.sharding == "full":
+        model = sharded(shape, recipe, runtime, device, seed)
+    else:
+        model = build(
+            shape, runtime, compute_dtype=recipe.compute_dtype, weight_dtype=stored, device=device,
+            seed=seed,
+        )  # fmt: skip
+    model.ranks = ranks_of(model, recipe)
     model.recompute_blocks = recipe.checkpoint == "blocks"
+    if recipe.offload == "activations":
+        offload_activations(model)
     for block in model.blocks:
-        block.made_again = recipe.selective_steps
         block.fp8 = recipe.fp8 == "on"
+        block.made_again = recipe.selective_steps
+    if recipe.compute_dtype == "fp16":
+        model.loss_scale = LossScale(model.embedding.device)
     if recipe.compile == "on":
         from snugpt.model.compiling import compile_sublayers  # Dynamo is slow to import
 
         compile_sublayers(model)
     return model
+
+
+def sharded(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    runtime: Runtime,
+    device: torch.device | str,
+    seed: int | None,
+) -> GPT:
+    """Return a model of which this rank holds its rows only; never a whole copy, not even here."""
+    from snugpt.model.fully_sharded import shard_weights  # FSDP2 is slow to import
+
+    model = build(shape, runtime, compute_dtype=recipe.compute_dtype, device="meta")
+    shard_weights(model, recipe)
+    model.to_empty(device=device)
+    if model.angles is not None:
+        with torch.device(device):
+            model.angles = rotary_angles(shape, model.dtype)
+    if seed is not None:
+        set_weights(model, seed)
+    return model
+
+
+def ranks_of(model: GPT, recipe: TrainingRecipe) -> Alone:
+    """What stands beside a model that trains by `recipe`; the process group is there by then."""
+    if recipe.world_size == 1:
+        return Alone()
+    if recipe.sharding == "none":
+        return Replicated()
+    if recipe.sharding == "optimizer":
+        return OwnedStates(model, recipe)
+    from snugpt.model.fully_sharded import FullySharded  # FSDP2 is slow to import
+
+    return FullySharded(model, recipe)
 
 
 def build_for_generation(shape: ModelShape, runtime: Runtime, weight_dtype: str, device) -> GPT:
@@ -95,8 +142,15 @@ def set_weights(model: GPT, seed: int) -> None:
     """
     generator = torch.Generator(model.embedding.device).manual_seed(seed)
     for name, weight in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if model.calls_blocks:  # every rank draws the whole weight and keeps its rows
+            drawn = torch.empty(weight.shape, device=weight.device)
+            _set_weight(leaf, drawn, model.shape, generator)
+            begin, end = row_range(weight.shape[0], dist.get_rank(), dist.get_world_size())
+            weight.to_local().copy_(drawn[begin:end])
+            continue
         drawn = torch.empty_like(weight, dtype=torch.float32) if weight.itemsize < 4 else weight
-        _set_weight(name.rsplit(".", 1)[-1], drawn, model.shape, generator)
+        _set_weight(leaf, drawn, model.shape, generator)
         if drawn is not weight:
             weight.copy_(drawn)
 

@@ -12,6 +12,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +24,14 @@ from snugpt.model.attention import attend, window_mask
 from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
+from snugpt.model.loss_scale import LossScale
 from snugpt.model.making_again import keeping
+from snugpt.model.ranks import Alone
 from snugpt.spec.recipe import SelectiveStep
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import GATE_CHANNELS, ROPE_BASE, ModelShape, Style
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -62,8 +65,8 @@ class Block(nn.Module):
         self.value_embedding = empty(shape.padded_vocab_size, KD) if mixes else None
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
-        self.made_again: tuple[SelectiveStep, ...] = ()  # the lever `checkpoint = selective`
         self.fp8 = False  # the lever `fp8 = on`
+        self.made_again: tuple[SelectiveStep, ...] = ()  # the lever `checkpoint = selective`
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None  # the lever `compile = on`
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
@@ -175,8 +178,12 @@ class GPT(nn.Module):
         self.angles = None if learned else rotary_angles(shape, self.dtype)
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.recompute_blocks = False  # the lever `checkpoint = blocks`
+        self.loss_scale: LossScale | None = None  # of fp16, in training
+        self.around_layer: Callable = stays  # the lever `offload = activations`
+        self.ranks: Alone = Alone()  # who else trains this model
+        self.calls_blocks = False  # the lever `sharding = full`
 
-    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float | Tensor) -> Tensor:
         """`scale` x the summed cross-entropy in nats of `hidden`'s rows: (N, C), (B, T) -> ()."""
         return HeadLoss.apply(
             h, self.head_weight, targets.view(-1), self.shape.vocab_size,
@@ -201,21 +208,27 @@ class GPT(nn.Module):
 
         With a cache only the last position of each sequence is returned, (B, C).
         """
+        return self.states(tokens, cache).view(-1, self.shape.model_dim)
+
+    def states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The same as (B, T, C); what FSDP2 takes for the forward pass."""
         start = 0 if cache is None else cache.length
         inputs = self.layer_inputs(tokens, cache, start)
         x = self.embedded(tokens, start)
         for block in self.blocks:
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x = self.recomputed(block, x, inputs)
-            else:
-                attention, mlp = block.sublayers
-                x = attention(x, inputs)
-                x = mlp(x)
+            with self.around_layer(block, x):
+                if self.recompute_blocks and torch.is_grad_enabled():
+                    x = self.recomputed(block, x, inputs)
+                elif self.calls_blocks:
+                    x = block(x, inputs)
+                else:
+                    attention, mlp = block.sublayers
+                    x = attention(x, inputs)
+                    x = mlp(x)
         if cache is not None:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
-        h = normed(self.shape.style, x, self.norm, self.runtime.device)
-        return h.view(-1, self.shape.model_dim)
+        return normed(self.shape.style, x, self.norm, self.runtime.device)
 
     def recomputed(self, block: Block, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Run a block keeping only x; its other tensors are made again in the backward pass."""
@@ -264,6 +277,11 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The output projection (V, C): the embedding itself where they are tied."""
         return self.embedding if self.head is None else self.head
+
+
+def stays(block: Block, x: Tensor) -> AbstractContextManager:
+    """What a layer keeps stays on the device."""
+    return nullcontext()
 
 
 def empty(*sizes: int) -> nn.Parameter:

@@ -27,7 +27,7 @@ class HeadLoss(Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab_size: int, softcap, chunk: int, scale: float):
+    def forward(ctx, h, weight, targets, vocab_size: int, softcap, chunk: int, scale):
         head = weight[:vocab_size].to(h.dtype)  # (V, C); no copy where it is stored in it
         grad_h = torch.empty_like(h)
         total = torch.zeros_like(weight, dtype=torch.float32)

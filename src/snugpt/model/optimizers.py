@@ -6,15 +6,18 @@ stores them in 2 bytes or in 1 each.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
-from snugpt.estimate.updating import Updating, stored_as
+from snugpt.estimate.state_on_host import stage_bytes
+from snugpt.estimate.updating import Updating, muon_dtype, stored_as
 from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
-from snugpt.model.gpt import GPT
+from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.muon import Muon
-from snugpt.model.parameter_wise import ParameterWise
+from snugpt.model.parameter_wise import WITHOUT_MEMORY, ParameterWise
+from snugpt.model.state_on_host import StateOnHost
 from snugpt.model.stored_state import Bf16, Format, Fp32, Int8, require_torchao
 from snugpt.spec.recipe import StateDtype, TrainingRecipe
 
@@ -28,22 +31,24 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     """The optimizers of a recipe; together they own every parameter once."""
     schedule, updating = recipe.schedule, Updating.of(recipe)
     groups: dict[str, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    owned = model.ranks.parameters(model)
+    for name, weight in owned.items():
         groups.setdefault(group_of(name), []).append(weight)
     stored = {
-        "formats": formats_of(model, recipe.state_dtype),
-        "names": {weight: name for name, weight in model.named_parameters()},
+        "formats": formats_of(owned.values(), recipe.state_dtype),
+        "names": {weight: name for name, weight in owned.items()},
         "seed": schedule.seed,
     }
     optimizers: list[ParameterWise] = []
     if updating.optimizer == "muon":
-        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
+        whole = model.ranks.whole
         optimizers.append(
             Muon(
                 groups.pop("matrices"),
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
-                dtype=torch.bfloat16 if on_cuda else torch.float32,
+                dtype=DTYPES[muon_dtype(model.runtime, cut=whole is not None)],
+                whole=whole,
                 **stored,
             )
         )
@@ -62,12 +67,17 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
-    if recipe.steps_in_backward:
+    if updating.on_host:
+        on_host = StateOnHost(stage_bytes(model.shape, updating), model.embedding.device)
+        for optimizer in optimizers:
+            optimizer.on_host = on_host
+        place_states(optimizers, on_host)
+    if updating.on_host or recipe.steps_in_backward:
         make_states(optimizers)
     return optimizers
 
 
-def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
+def formats_of(weights: Iterable[Tensor], state_dtype: StateDtype) -> dict[Tensor, Format]:
     """How the moments of each parameter are stored.
 
     Raises:
@@ -76,7 +86,18 @@ def formats_of(model: GPT, state_dtype: StateDtype) -> dict[Tensor, Format]:
     if state_dtype == "int8":
         require_torchao()
     formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
-    return {w: formats[stored_as(state_dtype, w.numel())] for w in model.parameters()}
+    return {w: formats[stored_as(state_dtype, w.numel())] for w in weights}
+
+
+def place_states(optimizers: list[ParameterWise], on_host: StateOnHost) -> None:
+    """Lay all state that belongs there into host memory at once."""
+    on_host.place(
+        (optimizer.state[weight], optimizer.empty_state(weight, WITHOUT_MEMORY))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if optimizer.moves(weight)
+    )
 
 
 def make_states(optimizers: list[ParameterWise]) -> None:

@@ -36,7 +36,9 @@ def step(
     here waits for the device. Where `recipe.steps_in_backward` the updates are part of backward.
     """
     total = torch.zeros((), device=model.embedding.device)
-    scale = recipe.world_size / recipe.total_batch_tokens
+    scale = 1 / recipe.total_batch_tokens  # of all ranks, so that sums over them are means
+    if model.loss_scale is not None:
+        scale = model.loss_scale.scale * scale
     if recipe.steps_in_backward:
         mark("forward")
         with updated_in_backward(optimizers):
@@ -45,12 +47,19 @@ def step(
         for micro_step in range(recipe.grad_accum_steps):
             mark("forward")
             total += micro_batch(model, recipe, batch_of(micro_step), scale, mark)
-        if recipe.clips:
-            mark("clip")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.schedule.clip_norm)
-        mark("optimizer")
+        settles = recipe.clips or model.loss_scale is not None
+        mark("clip" if settles else "optimizer")
+        model.ranks.reduce(model, total)
+        if model.loss_scale is not None:
+            clip_norm = recipe.schedule.clip_norm
+            model.loss_scale.settle(model.parameters(), clip_norm, optimizers, total)
+        elif recipe.clips:
+            model.ranks.clip(model, recipe.schedule.clip_norm)
+        if settles:
+            mark("optimizer")
     for optimizer in optimizers:
         optimizer.step()  # of the gradients that are there
+    model.ranks.spread(model)
     model.zero_grad(set_to_none=True)
     return total
 
@@ -80,7 +89,7 @@ def update_and_let_go(optimizer: ParameterWise, group: dict[str, Any], weight: T
 
 
 def micro_batch(
-    model: GPT, recipe: TrainingRecipe, batch: Batch, scale: float, mark: Mark
+    model: GPT, recipe: TrainingRecipe, batch: Batch, scale: float | Tensor, mark: Mark
 ) -> Tensor:
     """Forward and backward of one micro-batch; its tensors are gone when this returns."""
     tokens, targets = batch

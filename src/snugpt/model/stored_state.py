@@ -43,9 +43,18 @@ class Format(Protocol):
         ...
 
     def write(
-        self, state: State, name: str, stretch: slice, value: Tensor, chance: torch.Generator
+        self,
+        state: State,
+        name: str,
+        stretch: slice,
+        value: Tensor,
+        chance: torch.Generator,
+        taken: Tensor | None = None,
     ) -> None:
-        """Store what `read` gave and an update changed; the value may be overwritten."""
+        """Store what `read` gave and an update changed; the value may be overwritten.
+
+        `taken` is 0 on the device if the step is not taken: the update has changed nothing then.
+        """
         ...
 
 
@@ -59,7 +68,7 @@ class Fp32:
     def read(self, state: State, name: str, stretch: slice) -> Tensor:
         return state[name].view(-1)[stretch]
 
-    def write(self, state, name, stretch, value, chance) -> None:
+    def write(self, state, name, stretch, value, chance, taken=None) -> None:
         pass
 
 
@@ -72,7 +81,7 @@ class Bf16:
     def read(self, state: State, name: str, stretch: slice) -> Tensor:
         return state[name].view(-1)[stretch].float()
 
-    def write(self, state, name, stretch, value, chance) -> None:
+    def write(self, state, name, stretch, value, chance, taken=None) -> None:
         state[name].view(-1)[stretch].copy_(round_by_chance_(value, chance))
 
 
@@ -97,9 +106,12 @@ class Int8:
         moment.view(-1, BLOCK_ELEMENTS).mul_(self._scales(state, name, stretch))
         return moment
 
-    def write(self, state, name, stretch, value, chance) -> None:
+    def write(self, state, name, stretch, value, chance, taken=None) -> None:
         blocks, scales = value.view(-1, BLOCK_ELEMENTS), self._scales(state, name, stretch)
-        torch.linalg.vector_norm(blocks, torch.inf, dim=1, keepdim=True, out=scales)
+        if taken is None:
+            torch.linalg.vector_norm(blocks, torch.inf, dim=1, keepdim=True, out=scales)
+        else:  # the largest that is read back may be less than was stored: the grid has no -1
+            scales.lerp_(torch.linalg.vector_norm(blocks, torch.inf, dim=1, keepdim=True), taken)
         blocks.div_(scales.clamp_(SMALLEST_SCALE))
         _, midpoints = self.table(name, value.device)
         state[name].view(-1)[stretch].copy_(

@@ -43,7 +43,11 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
             reasons[field] = goal
     for lever, default in SEARCHED.items():
         if getattr(asked, lever) is None and getattr(recipe, lever) != default:
-            why = "no exact set of levers fits" if lever in EXACT else "nothing on the card fits"
+            why = (
+                "no exact set of levers fits"
+                if lever in EXACT
+                else "nothing that stays on the card fits"
+            )
             reasons[lever] = "smallest peak" if asked.objective == "memory" else why
     if asked.loss_chunk_tokens is None and recipe.loss == "chunked":
         reasons["loss_chunk_tokens"] = "logits of a chunk take at most 128 MiB"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from snugpt.estimate.making_again import selective_sets
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import refused
 from snugpt.spec.question import Question
@@ -91,6 +92,7 @@ def ways_to_checkpoint(shape: ModelShape) -> list[LeverSet]:
     """Nothing again, each worthwhile set of steps again, whole blocks again: fastest first."""
     return [
         {"checkpoint": "none", "selective_steps": ()},
+        *({"checkpoint": "selective", "selective_steps": s} for s in selective_sets(shape)),
         {"checkpoint": "blocks", "selective_steps": ()},
     ]
 

@@ -30,10 +30,10 @@ from snugpt.planner.subject import seq_len_of
 from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.question import Objective, Question
 from snugpt.spec.recipe import ComputeDtype, Recipe, TrainingRecipe
+from snugpt.spec.runtime import FIRST_BF16
 from snugpt.spec.shape import ModelShape
 from snugpt.units import GIB, MIB
 
-FIRST_BF16 = (8, 0)  # CUDA capability of Ampere
 CHUNK_BYTES = 128 * MIB  # fp32 logits of one chunk of the loss
 SMALLEST_CHUNK_TOKENS = 64
 TIE_SHARE = 0.001  # step times nearer than this are equal: the estimate is not that sharp
@@ -57,30 +57,35 @@ class Choice(NamedTuple):
 
 
 def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
-    """Return the dtype of the arithmetic: bf16 on CUDA 8.0 and up, else fp32; or what is pinned.
+    """Return the dtype of the arithmetic, or what is pinned.
+
+    bf16 on CUDA 8.0 and up, fp16 on older cards, fp32 on everything else.
 
     Raises:
-        BadQuestionError: bf16 is pinned and the device has none.
+        BadQuestionError: bf16 is pinned and the device has none, or generation in fp16 off CUDA.
     """
     pinned = question.compute_dtype if question.task == "train" else question.weight_dtype
     if pinned == "master":
         raise refused(
-            "weight_dtype = 'master' is not allowed: generation has fp32 and bf16",
+            "weight_dtype = 'master' is not allowed: generation has fp32, bf16 and fp16",
             question,
             weight_dtype=None,
         )
     capability = machine.gpu.capability
     if capability is not None and capability >= FIRST_BF16:
         return pinned or "bf16"
+    best: ComputeDtype = "fp32" if capability is None else "fp16"
+    field = "compute_dtype" if question.task == "train" else "weight_dtype"
     if pinned == "bf16":
-        field = "compute_dtype" if question.task == "train" else "weight_dtype"
         raise refused(
             f"{field} = 'bf16' is not allowed: {machine.gpu.name} has no bf16, CUDA capability 8.0"
             " and up have",
             question,
-            **{field: "fp32"},
+            **{field: best},
         )
-    return "fp32"
+    if pinned == "fp16" and best == "fp32":
+        raise refused(f"{field} = 'fp16' is not allowed: it is for CUDA", question, **{field: best})
+    return pinned or best
 
 
 def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> int:
@@ -254,7 +259,8 @@ def _base_recipe(
     return TrainingRecipe(
         seq_len=seq_len,
         device_batch_size=1,
-        grad_accum_steps=batch // seq_len,
+        grad_accum_steps=batch // seq_len // num_gpus_of(question),
+        world_size=num_gpus_of(question),
         total_batch_tokens=batch,
         total_tokens=tokens,
         compute_dtype=compute_dtype(question, machine),
@@ -263,6 +269,8 @@ def _base_recipe(
         checkpoint="none",
         compile=question.compile or "off",  # until a compiled step has run on a GPU
         optimizer=optimizer,
+        sharding=question.sharding or "none",
+        launcher=launcher_of(question),
         fp8="on" if question.fp8 else "off",
         schedule=schedule,
     )

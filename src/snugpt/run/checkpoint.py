@@ -69,12 +69,15 @@ def save_checkpoint(
     optimizers: Sequence[ParameterWise],
     state: Mapping[str, Any],
     keep: int = 2,
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write `folder`/step-<step> whole or not at all, then delete all but the newest `keep`.
 
-    `state` is any mapping msgspec can write as JSON. The caller holds the run's lock: temporary
-    folders found here count as a dead writer's. A step whose checkpoint verifies is not written
-    again. Only checkpoints that verify count as kept, and the one just written is never deleted.
+    `state` is any mapping msgspec can write as JSON. `tensors` are weights and optimizer state that
+    were gathered from several ranks, where model and optimizers have only some of them. The caller
+    holds the run's lock: temporary folders found here count as a dead writer's. A step whose
+    checkpoint verifies is not written again. Only checkpoints that verify count as kept, and the
+    one just written is never deleted.
 
     Raises:
         FailedError: the disk is full or fails; earlier checkpoints are as they were.
@@ -85,7 +88,7 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
     random_state = _random_state(next(model.parameters()).device)
     state_text = msgspec.json.encode(StateFile(step, random_state, dict(state)))
-    weights, moments = weights_of(model), optimizer_tensors(model, optimizers)
+    weights, moments = tensors or (weights_of(model), optimizer_tensors(model, optimizers))
     with _one_line_failure(step, folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale(folder)

@@ -15,6 +15,7 @@ from snugpt.data.prepare import PreparedData
 from snugpt.errors import FailedError
 from snugpt.estimate.parameters import num_parameters
 from snugpt.run.checkpoint import DISK_MARGIN_BYTES, Checkpoint, save_checkpoint
+from snugpt.run.gathering import gathered
 from snugpt.run.progress import diverged
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import RunFolder
@@ -106,12 +107,13 @@ class Saver:
         optimizers: Sequence[torch.optim.Optimizer],
         state: dict[str, Any],
     ) -> None:
-        save_checkpoint(
-            self.folder.checkpoints, step, model, optimizers, {**state, **self._identities}
-        )
+        parts = {"tensors": gathered(model, optimizers)} if model.ranks.cuts_state else {}
+        if model.ranks.rank == 0:
+            said = {**state, **self._identities}
+            save_checkpoint(self.folder.checkpoints, step, model, optimizers, said, **parts)
 
     def _refuse_broken_weights(self, step: int, model: nn.Module) -> None:
         """A checkpoint that is no number would push out a sound one."""
-        norm = torch.nn.utils.get_total_norm(model.parameters()).item()
+        norm = torch.nn.utils.get_total_norm(model.ranks.parameters(model).values()).item()
         if not math.isfinite(norm):
             raise diverged(self.folder, step, f"the norm of the weights is {norm}")

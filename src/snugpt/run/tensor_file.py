@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from snugpt.errors import FailedError
+from snugpt.estimate.sharding import Piece
 from snugpt.model.parameter_wise import ParameterWise
 
 DTYPE_NAMES = {
@@ -42,6 +43,13 @@ class Owner:
 
     optimizer: ParameterWise
     parameter: nn.Parameter
+    piece: Piece | None = None  # the rows of its weight that are updated here, where not all are
+
+    def whole_shape(self, tensor: Tensor) -> torch.Size:
+        """The shape of what the parameter's `tensor` is a part of; scalars are whole."""
+        if self.piece is None or not tensor.dim():
+            return tensor.shape
+        return torch.Size((self.piece.rows, *tensor.shape[1:]))
 
 
 def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -111,7 +119,15 @@ class TensorFile:
     def copy_weights(self, model: nn.Module) -> None:
         """Overwrite the model's weights in place."""
         for name, weight in weights_of(model).items():
-            weight.copy_(self.file.get_tensor(name))
+            here, piece = model.ranks.stored(name, weight)
+            self._copy(here, name, piece)
+
+    def _copy(self, here: Tensor, name: str, piece: Piece | None) -> None:
+        """Overwrite a tensor with the one of that name, or with a piece of it."""
+        if piece is None or not here.dim():
+            here.copy_(self.file.get_tensor(name))
+        elif here.numel():
+            here.copy_(self.file.get_slice(name)[piece.begin : piece.end])
 
     def check_optimizers(self, model: nn.Module, optimizers: Sequence[ParameterWise]) -> None:
         """Raise FailedError unless the file holds what the optimizers keep of each parameter.
@@ -119,22 +135,26 @@ class TensorFile:
         Of a parameter that was never updated it holds nothing.
         """
         owners = _owners(model, optimizers)
+        elsewhere = weights_of(model).keys() - model.ranks.parameters(model).keys()
         stored = {name.rpartition("/")[0] for name in self.names}
         for prefix in sorted(stored):
             owner = owners.get(prefix)
+            if prefix.partition("/")[2] in elsewhere:  # another rank's
+                continue
             if owner is None:
                 first = min(name for name in self.names if name.rpartition("/")[0] == prefix)
                 raise self._mismatch(f"holds {first}, for which no optimizer here has a place")
-            self._check_state(prefix, owner.optimizer.empty_state(owner.parameter, WITHOUT_MEMORY))
+            self._check_state(prefix, owner)
 
-    def _check_state(self, prefix: str, here: Mapping[str, Tensor]) -> None:
+    def _check_state(self, prefix: str, owner: Owner) -> None:
+        here = owner.optimizer.empty_state(owner.parameter, WITHOUT_MEMORY)
         there = {name.rpartition("/")[2] for name in self.names if name.startswith(f"{prefix}/")}
         for key in sorted(there ^ here.keys()):
             holds = f"holds {prefix}/{key}, which" if key in there else f"lacks {prefix}/{key}:"
             raise self._mismatch(f"{holds} {STORED_OTHERWISE}")
         for key, tensor in here.items():
             name, dtype = f"{prefix}/{key}", DTYPE_NAMES[tensor.dtype]
-            self._check_shape(name, [tensor.shape])
+            self._check_shape(name, [owner.whole_shape(tensor)])
             if self._dtype(name) != dtype:
                 raise self._mismatch(f"holds {name} as {self._dtype(name)}, here it is {dtype}")
 
@@ -145,10 +165,10 @@ class TensorFile:
         stored = {name.rpartition("/")[0] for name in self.names}
         for prefix in owners.keys() - stored:
             owners[prefix].optimizer.state.pop(owners[prefix].parameter, None)
-        for prefix in sorted(stored):
+        for prefix in sorted(stored & owners.keys()):
             owner = owners[prefix]
             for key, tensor in owner.optimizer.state_of(owner.parameter).items():
-                tensor.copy_(self.file.get_tensor(f"{prefix}/{key}"))
+                self._copy(tensor, f"{prefix}/{key}", owner.piece)
 
     def _dtype(self, name: str) -> str:
         dtype: str = self.file.get_slice(name).get_dtype()
@@ -186,11 +206,12 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 def _owners(model: nn.Module, optimizers: Iterable[ParameterWise]) -> dict[str, Owner]:
     """Who updates each parameter, by "<optimizer>/<parameter name>"."""
-    name_of = {parameter: name for name, parameter in weights_of(model).items()}
+    name_of = {parameter: name for name, parameter in model.ranks.parameters(model).items()}
     owners = {}
     for optimizer in optimizers:
         label = type(optimizer).__name__.lower()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                owners[f"{label}/{name_of[parameter]}"] = Owner(optimizer, parameter)
+                name = name_of[parameter]
+                owners[f"{label}/{name}"] = Owner(optimizer, parameter, model.ranks.own_piece(name))
     return owners

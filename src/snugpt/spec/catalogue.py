@@ -3,11 +3,12 @@
 A text names a card when its words, split where letters meet digits, are exactly the words of one of
 the card's spellings. Vendor words ("NVIDIA", "GeForce", "Tesla", "Apple", "GPU") may be there or
 not; case, spaces, hyphens and underscores do not count. There is no prefix or nearest match: a card
-that is not in the catalogue ("rtx 4090 laptop", "a100 20gb") is refused, not taken for its sibling.
+that is not in the catalogue ("rtx 4090 d", "a100 20gb") is refused, not taken for its sibling.
 
 Where a plain name covers several cards it is the one with the least memory (`a100` is the 40 GB
 one, `v100` the 16 GB one), so that a plan made for it holds on the others too. Exceptions, by
-custom: `rtx 3060` is the 12 GB one, `gtx 1060` the 6 GB one. Plain `h100` is the 80 GB SXM.
+custom: `rtx 3060` is the 12 GB one, `rtx 3050` the 8 GB one, `gtx 1060` the 6 GB one. Plain `h100`
+is the 80 GB SXM.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _host_link_bytes_per_s(row: _Row) -> float | None:
     if row.pcie is None or row.host_link_gb_per_s is not None:
         return _bytes_per_s(row.host_link_gb_per_s)
     generation, lanes = row.pcie
-    bits_per_s = 8e9 * 2 ** (generation - 3) * lanes * 128 / 130
+    bits_per_s = 8e9 * 2.0 ** (generation - 3) * lanes * 128 / 130
     return bits_per_s / 8
 
 

@@ -18,6 +18,7 @@ from snugpt.estimate.parameters import (
     layer_kinds,
     layer_weights,
 )
+from snugpt.estimate.state_on_host import stages, stays
 from snugpt.estimate.updating import Updating, int8_tables, optimizer_state
 from snugpt.spec.runtime import mask_columns
 from snugpt.spec.shape import ModelShape
@@ -152,6 +153,7 @@ def resident(net: Net, updating: Updating | None) -> tuple[Buffer, ...]:
         buffers += _stored(net, layer_weights(shape, layer), updating) * repeats
     if updating is not None:
         buffers += int8_tables(net, all_weights(shape), updating)
+        buffers += stages(net, updating)
     if shape.style != "gpt2":
         size = shape.context_len * (shape.head_dim // 2) * net.width_bytes
         table = net.fixed("rotary tables", "weights", size, "context·D/2 each")
@@ -175,7 +177,7 @@ def _stored(net: Net, weights: dict[str, Weight], updating: Updating | None) -> 
         name, size = f"weights: {group_of(weight.name)}", weight.elements * width
         buffers.append(net.fixed(name, "weights", size, f"parameters·{width}"))
         if updating is not None:
-            buffers += optimizer_state(net, weight, updating)
+            buffers += stays(weight, optimizer_state(net, weight, updating), updating)
     return buffers
 
 
