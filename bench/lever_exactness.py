@@ -1,6 +1,6 @@
 """What each lever does to the loss: curves beside the plain fp32 run, on the built-in corpus.
 
-    python bench/lever_exactness.py --output bench/results/lever_exactness.txt    about 40 minutes
+    python bench/lever_exactness.py --output bench/results/lever_exactness.txt    about 15 minutes
     python bench/lever_exactness.py --styles nanochat --steps 60
 
 Every lever is trained with three seeds from the weights and over the rows of the plain run with the
@@ -32,7 +32,7 @@ from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import STYLES, ModelShape, Style, shape_for
 
 SEEDS = (0, 1, 2)
-LAYERS, WIDTH, HEADS, SEQ_LEN, BATCH, STEPS = 3, 128, 2, 128, 8, 200
+LAYERS, WIDTH, HEADS, SEQ_LEN, BATCH, STEPS = 2, 64, 2, 64, 8, 200
 MARGIN = 10.0  # chaos: after many steps the same rounding grows by a factor that varies
 SAME = 1e-5  # of a nat: what a sum in another order may always differ by, in fp32
 

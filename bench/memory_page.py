@@ -229,15 +229,11 @@ def together_table() -> str:
     for asked in TOGETHER:
         found = snugpt.plan(gpu=GPU, depth=DEPTH, **asked)
         recipe, memory = training(found), found.memory
-        cells = (
-            flags(asked),
-            f"{recipe.device_batch_size} x {recipe.grad_accum_steps}",
-            ", ".join(in_words(recipe)),
-            gib(memory.allocated_bytes),
-            gib(memory.process_bytes.high),
-            "fits" if found.fits else "does not fit",
-        )
-        rows.append(f"| {' | '.join(cells)} |")
+        fits = "fits" if found.fits else "does not fit"
+        chosen = ", ".join(in_words(recipe))
+        batch = f"{recipe.device_batch_size} x {recipe.grad_accum_steps}"
+        sizes = f"{gib(memory.allocated_bytes)} | {gib(memory.process_bytes.high)}"
+        rows.append(f"| {flags(asked)} | {batch} | {chosen} | {sizes} | {fits} |")
     head = "| asked for | batch x passes | chosen | allocated | process, at most | card |"
     return "\n".join([head, "|---|---:|---|---:|---:|---|", *rows])
 

@@ -23,12 +23,13 @@ def small(style: str, **pinned) -> ModelShape:
     return shape_for(style, pinned.pop("depth", 4), **(sizes | pinned))
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "blocks"])
 @pytest.mark.parametrize("style", STYLES)
 def test_what_moves_is_what_the_allocator_sees(style, checkpoint):
     shape = small(style, depth=3)
+    steps = ("qkv", "up") if checkpoint == "selective" else ()
     recipe = recipe_for(
-        shape, batch=3, checkpoint=checkpoint, accumulation=2, offload="activations"
+        shape, batch=3, checkpoint=checkpoint, accumulation=2, offload="activations", steps=steps
     )
     traced = traced_events(shape, recipe)
     assert len(traced) > 100

@@ -22,11 +22,13 @@ from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape
 
 
-def steps(shape: ModelShape, *, offload: bool, blocks: bool = False, **asked):
+def steps(shape: ModelShape, *, offload: bool, blocks: bool = False, again=(), **asked):
     """The weights after three steps, and the copies that were made on the way."""
     late = LateCopies()
     model = small_model(shape)
     model.recompute_blocks = blocks
+    for block in model.blocks:
+        block.made_again = again
     if offload:
         offload_activations(model).copies_for = lambda _: late
     recipe = small_recipe(2, 32, **asked)
@@ -47,6 +49,17 @@ def test_a_step_whose_activations_wait_on_the_host_is_the_same_to_the_bit(style,
     plain, none = steps(shape, offload=False, **asked)
     moved, late = steps(shape, offload=True, **asked)
     assert none.host_bytes == 0 < late.host_bytes
+    assert all(torch.equal(one, other) for one, other in zip(plain, moved, strict=True))
+
+
+@pytest.mark.parametrize("again", [("qkv",), ("up",), ("qkv", "up")])
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_not_made_again_moves_and_the_step_is_the_same_to_the_bit(style, again):
+    shape = small_shape(style, depth=4)
+    plain, _ = steps(shape, offload=False)
+    _, all_kept = steps(shape, offload=True)
+    moved, late = steps(shape, offload=True, again=again)
+    assert 0 < late.host_bytes < all_kept.host_bytes
     assert all(torch.equal(one, other) for one, other in zip(plain, moved, strict=True))
 
 

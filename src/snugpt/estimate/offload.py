@@ -73,7 +73,8 @@ def moved_of(part: Part, *, recomputes: bool, entry_stays: bool) -> tuple[Buffer
     """
     entry = part.entry
     assert entry is not None
-    kept = [b for operation in part.operations for b in operation.keeps]
+    again = {buffer for call in part.made_again for buffer in call.results}
+    kept = [b for op in part.operations for b in op.keeps if b not in again]
     return tuple(
         buffer
         for buffer in dict.fromkeys([entry] if recomputes else kept)

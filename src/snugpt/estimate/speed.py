@@ -99,8 +99,8 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    copies = waiting_s(shape, recipe, gpu, arithmetic, optimizer)
-    return counted * time_factor(recipe, gpu.backend) + copies
+    counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    return counted * time_factor(recipe, gpu.backend)
 
 
 def speed_estimate(

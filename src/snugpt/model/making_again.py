@@ -27,18 +27,30 @@ from snugpt.spec.recipe import SelectiveStep
 
 
 class Place:
-    """Where a function finds a tensor it saved: the tensor, or the call that makes it again."""
+    """Where a function finds a tensor it saved: the tensor, or the call that makes it again.
 
-    __slots__ = ("__weakref__", "call", "tensor")
+    Or what the hooks around the sublayer made of it, which know how to bring it back (`offload`).
+    """
+
+    __slots__ = ("__weakref__", "call", "elsewhere", "tensor")
 
     def __init__(self, tensor: Tensor | None, call: Call | None = None) -> None:
         self.tensor, self.call = tensor, call
+        self.elsewhere: tuple[Callable[[Any], Tensor], Any] | None = None
 
     def read(self) -> Tensor:
-        """The tensor, made again if it is not there."""
+        """The tensor, made again or brought back if it is not there."""
+        if self.elsewhere is not None:
+            bring, packed = self.elsewhere
+            return bring(packed)
         if self.tensor is None:
             self.call.run()
         return self.tensor
+
+    def hand_over(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        """Leave a kept tensor to other hooks."""
+        packed, self.tensor = pack(self.tensor), None
+        self.elsewhere = unpack, packed
 
 
 class Call:
@@ -87,13 +99,22 @@ class Keeping(KeepingAll):
         self.waiting: dict[StorageWeakRef, tuple[Call, list[weakref.ref[Place]]]] = {}
 
     def __enter__(self) -> Keeping:
+        self.around = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self.hooks = saved_tensors_hooks(self.pack, Place.read)
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.hooks.__exit__(*error)
-        del self.hooks, self.places, self.waiting  # the hooks hold this object: no circle is left
+        if self.around is not None and error[0] is None:
+            for place in (place for places in self.places.values() for place in places):
+                place.hand_over(*self.around)
+        del (
+            self.hooks,
+            self.around,
+            self.places,
+            self.waiting,
+        )  # the hooks hold this object: no circle is left
 
     def pack(self, tensor: Tensor) -> Place:
         """Give a saved tensor its place. The reference is weak: only the place keeps a tensor."""
