@@ -233,10 +233,10 @@ class TrainingStep:
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first, update=self.updates).backward(
             part.operations, part.entry, self.gradient, made_again=part.made_again,
-            hold_entry=hold, entry_stays=entry_is_kept,
+            beside=self.random_states[:1], hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
         self._same_tensor(left, self.gradient)
-        return [*events, *backward, *(Event(-1, state) for state in self.random_states[:1])]
+        return [*events, *backward]
 
     def _same_tensor(self, name: Buffer | None, tensor: Buffer) -> None:
         if name is not None and name is not tensor:
