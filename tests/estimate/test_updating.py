@@ -10,13 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from snugpt.estimate import updating
+from snugpt.estimate.memory import timeline_of
 from snugpt.estimate.operations import Net, Weight
+from snugpt.estimate.simulation import simulate
 from snugpt.estimate.timeline import Event
 from snugpt.estimate.updating import STRETCH_ELEMENTS, Updating, stored_as, update, update_cost
 from snugpt.model import muon
 from snugpt.model.adamw import AdamW
 from snugpt.model.muon import Muon
 from snugpt.model.stored_state import Bf16, Fp32, Int8
+from snugpt.spec.recipe import Schedule, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import shape_for
 from snugpt.units import MIB
@@ -117,3 +120,21 @@ def test_bytes_and_kernels_of_an_update_are_those_counted_call_by_call(way, monk
         assert cost.bytes == pytest.approx(traffic.bytes, rel=0.05)
         assert cost.kernels - iteration == pytest.approx(traffic.kernels, abs=6)
     assert update_cost(shape, Updating(optimizer, state, weights)).bytes > cost.bytes
+
+
+def test_state_of_a_step_that_updates_in_backward_lies_there_from_the_start():
+    schedule = Schedule(
+        learning_rate=1e-3, matrix_learning_rate=0.02, weight_decay=0.0, warmup_fraction=0.0,
+        cooldown_fraction=0.0, final_fraction=0.0, clip_norm=0.0, seed=0, eval_every_steps=1,
+        eval_tokens=1, save_every_steps=1,
+    )  # fmt: skip
+    recipe = TrainingRecipe(
+        seq_len=256, device_batch_size=1, grad_accum_steps=1, total_batch_tokens=256,
+        total_tokens=2560, compute_dtype="bf16", loss="chunked", loss_chunk_tokens=256,
+        checkpoint="none", optimizer="muon", schedule=schedule,
+    )  # fmt: skip
+    assert recipe.steps_in_backward
+    shape = shape_for("nanochat", 4, context_len=256, vocab_size=8192)
+    timeline = timeline_of(shape, recipe, CARD)
+    assert "optimizer" not in {placed.phase for placed in timeline.placed}
+    assert simulate(timeline, 1).allocated_bytes >= timeline.read(1)[0].bytes

@@ -61,9 +61,10 @@ def test_on_disk_everything_has_its_own_dtype(tmp_path, state, weights):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(a, b) for a, b in product(LEVERS, LEVERS) if a != b][::3]
+    ("before", "after"),
+    [(a, b) for a, b in product(LEVERS, LEVERS) if (a[0] == b[0]) != (a[1] == b[1])],
 )
-def test_another_dtype_is_refused_in_one_line_and_changes_nothing(tmp_path, before, after):
+def test_one_other_dtype_is_refused_in_one_line_and_changes_nothing(tmp_path, before, after):
     saved(tmp_path, tiny(*before).take(1))
     training = tiny(*after, seed=9).take(1)
     kept = {name: tensor.clone() for name, tensor in training.tensors().items()}
