@@ -81,8 +81,18 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
     return rates.get(dtype, rates["fp32"])
 
 
-def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records."""
+def step_time_s(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    gpu: Gpu,
+    flops_per_s: float,
+    *,
+    waits: bool = True,
+) -> float:
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records.
+
+    Without `waits` copies to the host cost nothing; then it needs no walk, and is never too long.
+    """
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
     recomputed = recompute_factor(shape, recipe)
@@ -101,7 +111,8 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     if recipe.optimizer == "muon":
         optimizer += muon_flops(shape) / matrix_sharers(recipe) / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    if waits:
+        counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
     sending = sending_s(shape, recipe, gpu) if recipe.stack == "snugpt" else 0.0
     return counted * time_factor(recipe, gpu.backend) + sending
 

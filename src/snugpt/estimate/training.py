@@ -257,7 +257,8 @@ class TrainingStep:
     def _updates_by_size(self) -> list[Event]:
         """The update of one parameter of each size: what the others of that size take again."""
         sizes = {(group_of(w.name), w.rows, w.columns): w for w in self.share.some_weights()}
-        return [e for _, w in sorted(sizes.items()) for e in update(self.net, w, self.updating)]
+        weights = (weight for _, weight in sorted(sizes.items()))
+        return [e for w in weights for e in update(self.net, w, self.updating, abridged=True)]
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
