@@ -35,7 +35,7 @@ from snugpt.spec.shape import ModelShape
 
 BYTES_OF_TEXT = 256  # vocabulary: one token per byte
 VALIDATION_SHARE = 20
-EMULATED = {"fp8"}  # levers of CUDA that the CPU computes in another way, with the same numbers
+EMULATED = {"fp8", "offload", "compute_dtype"}  # of CUDA; the CPU computes the same numbers
 PROCESSOR = machine_for("cpu").gpu
 
 

@@ -35,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lever_cases import BYTES_OF_TEXT, Case, Training, cases, plain_recipe, replaced
+from lever_cases import BYTES_OF_TEXT, EMULATED, Case, Training, cases, plain_recipe, replaced
 from snugpt.estimate import lever_times
 from snugpt.estimate.flops import executed_flops_per_token
 from snugpt.estimate.speed import step_time_s, training_rate
@@ -140,9 +140,8 @@ class Bench:
     def cases(self) -> list[Case]:
         """Every lever that can be pulled on this device, but those the CPU only emulates."""
         every = cases(self.shape, self.plain, self.gpu)
-        emulated = {"fp8 on", "compute_dtype bf16", "compute_dtype fp16"}
-        slow = emulated if self.device.type == "cpu" else set()
-        return [c for c in every if c.refused is None and c.name not in slow]
+        slow = EMULATED if self.device.type == "cpu" else set()
+        return [c for c in every if c.refused is None and not slow & c.changes.keys()]
 
     def record(self, case: Case, found: Ratio, noise: Ratio) -> LeverCost:
         now = utc_now()

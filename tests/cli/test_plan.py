@@ -86,7 +86,7 @@ def test_generation_has_its_own_recipe(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_fit_exits_3_with_one_object_and_a_way_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(["plan", "--gpu", "rtx-3060", "--depth", "28", "--json"]) == 3
+    assert run(["plan", "--gpu", "rtx-3060", "--depth", "40", "--json"]) == 3
     printed = capsys.readouterr()
     made = json.loads(printed.out)
     assert made["fits"] is False
@@ -110,7 +110,7 @@ def test_a_plan_is_written_only_when_it_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.json"
-    assert run(["plan", "--gpu", "rtx-3060", "--depth", "28", "-o", str(file)]) == 3
+    assert run(["plan", "--gpu", "rtx-3060", "--depth", "40", "-o", str(file)]) == 3
     assert not file.exists()
     assert run([*D12, "-o", str(file)]) == 0
     assert read_plan(file).fits

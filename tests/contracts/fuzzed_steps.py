@@ -38,6 +38,8 @@ def fuzzed(seed: int) -> Fuzzed:
         new = draw.randint(1, max(1, shape.context_len // 2))
         return shape, generation(draw, shape, new, dtype), runtime
     recipe = training(draw, shape, dtype, runtime)
+    while (objection := why_not(shape, recipe, runtime)) is not None:
+        recipe = replace(recipe, **{objection.lever: objection.instead})
     fp8 = replace(recipe, fp8="on")
     if draw.random() < FP8_SHARE and why_not(shape, fp8, runtime) is None:
         recipe = fp8

@@ -13,6 +13,7 @@ from snugpt.model import loss_scale
 from snugpt.model.build import build_for_training
 from snugpt.model.gpt import GPT
 from snugpt.model.loss_scale import START, LossScale
+from snugpt.model.muon import Muon
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.parameter_wise import ParameterWise
 from snugpt.model.step import step
@@ -164,3 +165,15 @@ def test_other_dtypes_have_no_scale(dtype):
 
 def test_a_model_learns_as_well_as_in_fp32():
     assert mean_loss(compute_dtype="fp16") == pytest.approx(mean_loss(), rel=LARGEST_CHANGE)
+
+
+def test_muon_in_fp16_does_not_lose_gradients_below_its_range():
+    matrix = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) * 2e-6
+    moved = []
+    for dtype in (torch.float16, torch.float32):
+        weight = torch.zeros(16, 32, requires_grad=True)
+        weight.grad = matrix.clone()
+        Muon([weight], lr=1.0, dtype=dtype).step()
+        moved.append(weight.detach())
+    torch.testing.assert_close(*moved, rtol=0, atol=0.02)
+    assert moved[0].norm() > 1

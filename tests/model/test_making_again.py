@@ -127,8 +127,9 @@ def test_a_storage_that_took_a_freed_ones_address_is_not_mistaken_for_it():
         torch.testing.assert_close(x.grad, x.detach() + 1)
 
 
-def test_a_graph_that_is_dropped_leaves_no_circle_behind():
-    shape = small_shape("llama")
+@pytest.mark.parametrize("style", STYLES)
+def test_a_graph_that_is_dropped_leaves_no_circle_behind(style):
+    shape = small_shape(style)
     model, (tokens, _) = small_model(shape), random_batch(shape, 2, 20)
     for block in model.blocks:
         block.made_again = ("pointwise", "qkv", "up")

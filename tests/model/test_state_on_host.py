@@ -118,3 +118,21 @@ def test_the_device_holds_counters_small_states_and_two_stages(late):
     assert [stage.buffer.numel() for stage in adamw.on_host.stages] == [2 * 1024 * 4] * 2
     norm = next(w for w in adamw.state if w.dim() == 1)
     assert not adamw.moves(norm)
+
+
+def test_what_was_fetched_in_vain_is_fetched_again_in_the_next_step(late):
+    """A checkpoint may have been restored in between."""
+    on_host = StateOnHost(4096, torch.device("cpu"))
+    one, other = torch.zeros(64, 64), torch.zeros(64, 64)
+    states: list[dict[str, Tensor]] = [{}, {}]
+    on_host.place((state, {"momentum": torch.zeros(64, 64)}) for state in states)
+
+    def visit(weight: Tensor, state: dict[str, Tensor]) -> list[float]:
+        return [s["momentum"][part][0].item() for _, s, part in on_host.stretches(weight, state)]
+
+    for visited in ((0, 1), (0,)):  # the second time, what follows the first is not asked for
+        for i in visited:
+            visit((one, other)[i], states[i])
+        on_host.end_step()
+    states[1]["momentum"].fill_(3.0)
+    assert visit(other, states[1]) == [3.0] * 4

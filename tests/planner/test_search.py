@@ -125,7 +125,7 @@ def test_a_chunk_of_logits_stays_within_128_mib(vocab_size: int) -> None:
 
 
 NOT_FITTING: list[dict[str, Any]] = [
-    {"gpu": "rtx-3060", "depth": 28},
+    {"gpu": "rtx-3060", "depth": 40},
     {"gpu": "rtx-4090", "depth": 12, "device_batch_size": 256, "checkpoint": "none"},
     {"gpu": "t4", "depth": 32, "seq_len": 4096},
     {"gpu": "gtx-1060-6gb", "depth": 20},
@@ -175,12 +175,12 @@ def test_what_was_rejected_is_told_with_its_bytes() -> None:
     larger, other = made.rejected[0], made.rejected[-1]
     assert larger.change == f"device_batch_size {2 * _training(made).device_batch_size}"
     assert "of 23.5 GiB; largest: activations" in larger.because
-    assert other.change.startswith("checkpoint blocks")
+    assert other.change.startswith("checkpoint selective (qkv)")
     assert "x the time" in other.because
 
 
 def test_the_nearest_depth_is_the_deepest_that_fits() -> None:
-    made = plan(gpu="rtx-3060", depth=28)
+    made = plan(gpu="rtx-3060", depth=40)
     depth = int(made.alternatives[0].command.rpartition(" ")[2])
     assert plan(gpu="rtx-3060", depth=depth).fits
     assert not plan(gpu="rtx-3060", depth=depth + 1).fits

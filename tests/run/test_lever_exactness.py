@@ -19,7 +19,7 @@ bench, lever_cases = (import_module(name) for name in ("lever_exactness", "lever
 
 # The first documents of the built-in corpus: reading all of it takes seconds.
 TEXT = np.frombuffer("\0".join(topics.values()).encode(), dtype=np.uint8)
-SMALL = {"steps": 6, "layers": 2, "width": 64, "seq_len": 32, "batch": 4, "processes": False}
+SMALL = {"steps": 4, "layers": 2, "width": 64, "seq_len": 32, "batch": 4, "processes": False}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ whole window (PaLM, arXiv 2204.02311, appendix B; nanochat `estimate_flops`, Jul
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 
 from snugpt.estimate.parameters import layer_kinds, layer_weights, parameter_groups
 from snugpt.spec.recipe import BYTES, SelectiveStep, TrainingRecipe
@@ -33,6 +33,7 @@ def attention_flops_per_token(shape: ModelShape, seq_len: int) -> int:
     return 4 * shape.model_dim * visible
 
 
+@lru_cache(maxsize=4096)
 def forward_flops_per_token(shape: ModelShape, seq_len: int) -> int:
     """Cost of one token in the forward pass."""
     return 2 * matmul_parameters(shape) + attention_flops_per_token(shape, seq_len)
@@ -65,7 +66,8 @@ def recomputed_flops_per_token(shape: ModelShape, recipe: TrainingRecipe) -> int
     return 2 * multiplied_again(shape, recipe.selective_steps)
 
 
-def multiplied_again(shape: ModelShape, steps: Iterable[SelectiveStep]) -> int:
+@lru_cache(maxsize=4096)
+def multiplied_again(shape: ModelShape, steps: tuple[SelectiveStep, ...]) -> int:
     """Elements of the matrices that steps of `checkpoint = selective` multiply with once more."""
     names = {name for step in steps for name in MULTIPLIED_AGAIN[step]}
     return sum(
@@ -101,6 +103,7 @@ def traffic_again_bytes_per_token(shape: ModelShape, recipe: TrainingRecipe) -> 
     return shape.num_layers * elements * BYTES[recipe.compute_dtype]
 
 
+@lru_cache(maxsize=4096)
 def muon_flops(shape: ModelShape) -> int:
     """Cost of one step's orthogonalisation: 5 x (4 m^2 n + 2 m^3) for each m x n matrix, m <= n."""
     C, M, KD = shape.model_dim, shape.mlp_dim, shape.kv_dim

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.process import outside_bytes, process_band, reserved_band
+from snugpt.estimate.process import outside_bytes, process_band, reserved_band, sharded_band
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.spec.gpu import Gpu
@@ -76,6 +76,7 @@ def memory_estimate(
     reserved, allocated = reserved_band(
         timeline, batch, runtime, alive.bytes, expandable=expandable
     )
+    reserved = sharded_band(reserved, recipe)
     process = process_band(reserved, runtime, outside_bytes(recipe))
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(

@@ -17,11 +17,15 @@ from typing import NamedTuple
 
 from snugpt.estimate.operations import Weight
 from snugpt.estimate.parameters import edge_weights, group_of, layer_weights, num_parameters
-from snugpt.spec.recipe import Optimizer, Sharding, TrainingRecipe
+from snugpt.spec.gpu import Gpu
+from snugpt.spec.recipe import BYTES, Optimizer, Sharding, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 
 FP32 = 4
+# What collectives reach of a link's rate, and the rate where the catalogue has none. Assumed.
+LINK_SHARE = 0.7
+SLOW_LINK_BYTES_PER_S = 8e9
 _NOT_WITH_FULL = {"compile": "off", "weight_dtype": "master", "fp8": "off", "offload": "none"}
 
 
@@ -95,18 +99,18 @@ def pieces_of(shape: ModelShape, recipe: TrainingRecipe) -> tuple[Piece, ...]:
 
 
 def _whole(name: str, weight: Weight, owner: int) -> Piece:
-    rows = _torch_rows(weight)
+    rows = first_axis(weight)
     return Piece(name, 0, rows, owner, rows, weight.elements // rows)
 
 
 def _cut(name: str, weight: Weight, world_size: int) -> Iterator[Piece]:
-    rows = _torch_rows(weight)
+    rows = first_axis(weight)
     for rank in range(world_size):
         begin, end = row_range(rows, rank, world_size)
         yield Piece(name, begin, end, rank, rows, weight.elements // rows)
 
 
-def _torch_rows(weight: Weight) -> int:
+def first_axis(weight: Weight) -> int:
     """The length of a weight's first axis: a vector, which is one row here, has it alone."""
     return weight.columns if group_of(weight.name) == "norms" else weight.rows
 
@@ -128,16 +132,24 @@ def moments(weight: str, optimizer: Optimizer) -> int:
 def sent_bytes(shape: ModelShape, recipe: TrainingRecipe) -> int:
     """Bytes that pass through each device's link in one step, in each direction.
 
-    A ring sends every byte of a sum or of a copy for all about once: (n - 1) / n of the tensor.
-    none: gradients are summed for all, twice the fp32 gradients. optimizer: summed at the owner and
-    sent out as weights, which is the same. full: weights are gathered for forward and backward of
-    each micro-step, and gradients summed at their owner in each.
+    A ring sends (n - 1) / n of a tensor to sum it at its owners, and as much to copy it to all.
+    none: fp32 gradients, summed and copied. optimizer: gradients summed at their owners, weights
+    copied, as many bytes. full: weights in the compute dtype copied for forward and for backward,
+    fp32 gradients summed, in each micro-step.
     """
     n = recipe.world_size
-    if n == 1:
-        return 0
-    passes = 2 if recipe.sharding != "full" else 3 * recipe.grad_accum_steps
-    return num_parameters(shape) * FP32 * passes * (n - 1) // n
+    each = 2 * FP32
+    if recipe.sharding == "full":
+        each = (2 * BYTES[recipe.compute_dtype] + FP32) * recipe.grad_accum_steps
+    return num_parameters(shape) * each * (n - 1) // n
+
+
+def sending_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu) -> float:
+    """Seconds of one step's sums and copies, none of them beside arithmetic. Assumed."""
+    if recipe.world_size == 1:
+        return 0.0
+    link = gpu.peer_link_bytes_per_s or gpu.host_link_bytes_per_s or SLOW_LINK_BYTES_PER_S
+    return sent_bytes(shape, recipe) / (link * LINK_SHARE)
 
 
 def why_not_sharded(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> str | None:

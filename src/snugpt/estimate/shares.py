@@ -6,8 +6,14 @@ take for themselves is outside PyTorch's allocator (`estimate/process.py` has a 
 
 from __future__ import annotations
 
-from snugpt.estimate.operations import Buffer, Net, Weight
-from snugpt.estimate.parameters import all_weights, edge_weights, layer_kinds, layer_weights
+from snugpt.estimate.operations import FP32, Buffer, Net, Weight
+from snugpt.estimate.parameters import (
+    all_weights,
+    edge_weights,
+    group_of,
+    layer_kinds,
+    layer_weights,
+)
 from snugpt.estimate.sharding import heaviest_rank, pieces_of
 from snugpt.estimate.stacks import snugpt as stack
 from snugpt.estimate.updating import Updating, optimizer_state
@@ -20,6 +26,7 @@ class Share:
 
     def __init__(self, shape: ModelShape, recipe: TrainingRecipe, rank: int | None = None) -> None:
         self.shape, self.is_part = shape, recipe.sharding != "none"
+        self.has_all_weights = recipe.sharding != "full"
         self.owns: frozenset[str] = frozenset()  # names of the weights of which it has some rows
         self.pieces: list[Weight] = []
         if self.is_part:
@@ -41,7 +48,14 @@ class Share:
         if not self.is_part:
             return everything
         state = [b for weight in self.pieces for b in optimizer_state(net, weight, updating)]
-        return (*(b for b in everything if b.category != "optimizer"), *state)
+        rest = [b for b in everything if b.category != "optimizer"]
+        if self.has_all_weights:
+            return (*rest, *state)
+        rows = [
+            net.fixed(f"weights: {group_of(w.name)}", "weights", w.elements * FP32, "parameters·4")
+            for w in self.pieces
+        ]
+        return (*rows, *(b for b in rest if not b.name.startswith("weights: ")), *state)
 
     def some_weights(self) -> list[Weight]:
         """What it updates, at least one of every size."""

@@ -18,6 +18,7 @@ from snugpt.estimate.flops import (
 from snugpt.estimate.fp8 import more_kernels_per_layer
 from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
+from snugpt.estimate.sharding import sending_s
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.transfers import waiting_s
 from snugpt.estimate.updating import FUSED_BYTES, Cost, Updating, update_cost
@@ -80,8 +81,18 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
     return rates.get(dtype, rates["fp32"])
 
 
-def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records."""
+def step_time_s(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    gpu: Gpu,
+    flops_per_s: float,
+    *,
+    waits: bool = True,
+) -> float:
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records.
+
+    Without `waits` copies to the host cost nothing; then it needs no walk, and is never too long.
+    """
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
     recomputed = recompute_factor(shape, recipe)
@@ -94,13 +105,23 @@ def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s
     else:
         updates = Cost(num_parameters(shape) * FUSED_BYTES, 0)  # fused and compiled
     kernels += updates.kernels
-    optimizer = updates.bytes / gpu.bandwidth_bytes_per_s
+    owners = 1 if recipe.sharding == "none" or recipe.stack != "snugpt" else recipe.world_size
+    optimizer = updates.bytes / owners / gpu.bandwidth_bytes_per_s
     again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
-        optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
+        optimizer += muon_flops(shape) / matrix_sharers(recipe) / flops_per_s
     counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
-    counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
-    return counted * time_factor(recipe, gpu.backend)
+    if waits:
+        counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    sending = sending_s(shape, recipe, gpu) if recipe.stack == "snugpt" else 0.0
+    return counted * time_factor(recipe, gpu.backend) + sending
+
+
+def matrix_sharers(recipe: TrainingRecipe) -> int:
+    """Among how many devices Muon's matrices are divided. Ours are not where every rank updates
+    everything, nor where each gathers all of them; nanochat divides them always."""
+    ours = recipe.stack == "snugpt" and recipe.sharding != "optimizer"
+    return 1 if ours else recipe.world_size
 
 
 def speed_estimate(

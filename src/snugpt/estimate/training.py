@@ -51,7 +51,8 @@ class TrainingStep:
         self.chunk = recipe.chunk_tokens
         self.kinds = [shape.has_value_embedding(i) for i in range(shape.num_layers)]
         net, kinds = self.net, self.kinds
-        self.layers = {k: stack.layer_part(net, kinds.index(k)) for k in dict.fromkeys(kinds)}
+        weights = self.net_of_layers()
+        self.layers = {k: stack.layer_part(weights, kinds.index(k)) for k in dict.fromkeys(kinds)}
         # Only training is compiled or makes anything again; evaluation runs the layers as they are.
         compiles, again = recipe.compile == "on", recipe.selective_steps
         self.trained = {
@@ -79,6 +80,30 @@ class TrainingStep:
         for part in self.layers.values():
             self._same_tensor(part.entry, self.stream)
             self._same_tensor(part.result, self.stream)
+        self.prepare()
+
+    def net_of_layers(self) -> Net:
+        """What the sizes inside the layers depend on; another way to shard has another."""
+        return self.net
+
+    def prepare(self) -> None:
+        """Make what another way to shard needs besides."""
+
+    def enter_root(self) -> list[Event]:
+        """What happens before the first operation of a forward pass."""
+        return []
+
+    def end_forward(self) -> list[Event]:
+        """What happens behind the last operation of a forward pass, before the loss."""
+        return []
+
+    def leave_root(self, first: bool) -> list[Event]:
+        """What happens behind the last operation of a backward pass."""
+        return []
+
+    def place_backward(self, first: bool) -> None:
+        """Place the layers of the backward pass."""
+        self._place_layers("backward", partial(self._layer_backward, first), reverse=True)
 
     def timeline(self) -> Timeline:
         """The whole step, and an evaluation batch after it."""
@@ -171,10 +196,11 @@ class TrainingStep:
     def _micro_step(self, *, first: bool) -> None:
         batch = self._batch_ids()
         last = self.shape.num_layers
-        self._place("forward", -1, sequence(batch))
+        self._place("forward", -1, [*sequence(batch), *self.enter_root()])
         self._place("forward", -1, forward(self.embedding.operations, None, keep=True))
         self._place_layers("forward", self._layer_forward, reverse=False)
-        self._place("forward", last, forward([self.norm], self.stream, keep=True))
+        norm = forward([self.norm], self.stream, keep=True)
+        self._place("forward", last, [*norm, *self.end_forward()])
         h = self.norm.result
         held = h in self.norm.keeps
         self._place("loss", last, forward([self.loss], h, keep=True, hold_entry=held))
@@ -189,15 +215,15 @@ class TrainingStep:
 
     def _backward(self, *, first: bool) -> None:
         tied = {"embedding": 2} if self.shape.tied_embeddings else {}
-        walk = Walk(first, tied, self.updates)
+        walk = Walk(first or self.recipe.sharding == "full", tied, self.updates)
         # The gradient of the loss itself, 1: the caller holds it until all of backward is done.
         root = self.net.fixed("loss", "logits", FP32, "4")
         events, left = walk.backward([self.norm, self.loss], self.stream, root, incoming_stays=True)
         self._place("backward", self.shape.num_layers, [Event(1, root), *events])
         self._same_tensor(left, self.gradient)
-        self._place_layers("backward", partial(self._layer_backward, first), reverse=True)
+        self.place_backward(first)
         events, _ = walk.backward(self.embedding.operations, None, self.gradient)
-        self._place("backward", -1, [*events, Event(-1, root)])
+        self._place("backward", -1, [*events, *self.leave_root(first), Event(-1, root)])
 
     def _layer_backward(self, first: bool, part: Part, entry_is_kept: bool) -> list[Event]:
         assert part.entry is not None
@@ -207,10 +233,10 @@ class TrainingStep:
         hold = self.recomputes and not entry_is_kept
         backward, left = Walk(first, update=self.updates).backward(
             part.operations, part.entry, self.gradient, made_again=part.made_again,
-            hold_entry=hold, entry_stays=entry_is_kept,
+            beside=self.random_states[:1], hold_entry=hold, entry_stays=entry_is_kept,
         )  # fmt: skip
         self._same_tensor(left, self.gradient)
-        return [*events, *backward, *(Event(-1, state) for state in self.random_states[:1])]
+        return [*events, *backward]
 
     def _same_tensor(self, name: Buffer | None, tensor: Buffer) -> None:
         if name is not None and name is not tensor:
@@ -231,7 +257,8 @@ class TrainingStep:
     def _updates_by_size(self) -> list[Event]:
         """The update of one parameter of each size: what the others of that size take again."""
         sizes = {(group_of(w.name), w.rows, w.columns): w for w in self.share.some_weights()}
-        return [e for _, w in sorted(sizes.items()) for e in update(self.net, w, self.updating)]
+        weights = (weight for _, weight in sorted(sizes.items()))
+        return [e for w in weights for e in update(self.net, w, self.updating, abridged=True)]
 
     def _release_gradients(self) -> None:
         """`zero_grad(set_to_none=True)`: the gradients that backward left behind."""
@@ -270,13 +297,14 @@ class TrainingStep:
         """`model.step.evaluate_batch` with the training's device batch, without gradients."""
         net = replace(self.net, drops=False, fp8=False)
         batch, last = self._batch_ids(), self.shape.num_layers
-        self._place("evaluate", -1, sequence(batch))
+        self._place("evaluate", -1, [*sequence(batch), *self.enter_root()])
         embedding = stack.embedding_part(net)
         self._place("evaluate", -1, forward(embedding.operations, None, keep=False))
         self._same_tensor(embedding.result, self.stream)
         evaluated = partial(self._layer_evaluated, net)
         self._place_layers("evaluate", evaluated, reverse=False, parts=self.layers)
-        self._place("evaluate", last, forward([self.norm], self.stream, keep=False))
+        norm = forward([self.norm], self.stream, keep=False)
+        self._place("evaluate", last, [*norm, *self.end_forward()])
         losses = kind.token_losses(net, self.norm.result, self.chunk)
         events = forward([losses], self.norm.result, keep=False)
         self._place("evaluate", last, [*events, Event(-1, losses.result)])

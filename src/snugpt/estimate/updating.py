@@ -8,6 +8,7 @@ then the next; only Muon's iteration works on a whole matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from snugpt.estimate import scratch
@@ -140,12 +141,22 @@ def int8_tables(net: Net, weights: Iterable[Weight], updating: Updating) -> list
     ]
 
 
-def update(net: Net, weight: Weight, updating: Updating) -> list[Event]:
-    """What the update of one parameter takes and gives back, in order."""
+def update(net: Net, weight: Weight, updating: Updating, *, abridged: bool = False) -> list[Event]:
+    """What the update of one parameter takes and gives back, in order.
+
+    Where `abridged` one stretch stands for all of its size, and two iterations for five.
+    """
     stored = stored_as(updating.state_dtype, weight.elements)
     if updating.by_muon(weight.name):
-        return [*_blend(net, weight, stored), *_newton_schulz(net, weight)]
-    return [] if _in_place(net, stored) else _adamw(net, weight, stored)
+        blended = _blend(net, weight, stored, abridged)
+        return [*blended, *_newton_schulz(net, weight, abridged)]
+    return [] if _in_place(net, stored) else _adamw(net, weight, stored, abridged)
+
+
+def _told(found: Iterable[slice], abridged: bool) -> Iterable[int]:
+    """The length of each stretch; where `abridged` each length once."""
+    lengths = (stretch.stop - stretch.start for stretch in found)
+    return dict.fromkeys(lengths) if abridged else lengths
 
 
 def _in_place(net: Net, stored: StateDtype) -> bool:
@@ -160,6 +171,7 @@ class Cost(NamedTuple):
     kernels: int
 
 
+@lru_cache(maxsize=4096)
 def update_cost(shape: ModelShape, updating: Updating) -> Cost:
     """Bytes read and written, and kernels started, by the updates of all parameters."""
     total = _cost_of(edge_weights(shape), updating, 1)
@@ -231,12 +243,12 @@ class _Stretch:
         return (self.made(),) if self.net.weight_bytes < FP32 else ()
 
 
-def _adamw(net: Net, weight: Weight, stored: StateDtype) -> list[Event]:
+def _adamw(net: Net, weight: Weight, stored: StateDtype, abridged: bool) -> list[Event]:
     """`AdamW._by_stretches`."""
     corrections = [net.fixed("update scratch", "optimizer", FP32, "4") for _ in range(2)]
     buffers: list[Buffer] = [*corrections]
-    for stretch in stretches(weight.elements):
-        of = _Stretch(net, stretch.stop - stretch.start, stored)
+    for length in _told(stretches(weight.elements), abridged):
+        of = _Stretch(net, length, stored)
         grad, value, denominator = of.weight(), of.weight(), of.made()
         (first_read, first), (second_read, second) = of.read(), of.read()
         buffers += [
@@ -248,17 +260,18 @@ def _adamw(net: Net, weight: Weight, stored: StateDtype) -> list[Event]:
     return sequence([*buffers, *corrections])
 
 
-def _blend(net: Net, weight: Weight, stored: StateDtype) -> list[Event]:
+def _blend(net: Net, weight: Weight, stored: StateDtype, abridged: bool) -> list[Event]:
     """`Muon._blend`."""
     buffers: list[Buffer] = []
-    for stretch in stretches(weight.elements, whole=_in_place(net, stored)):
-        of = _Stretch(net, stretch.stop - stretch.start, stored)
+    found = stretches(weight.elements, whole=_in_place(net, stored))
+    for length in _told(found, abridged):
+        of = _Stretch(net, length, stored)
         grad, (read, momentum) = of.weight(), of.read()
         buffers += [*grad, *read, *grad, *of.written(), *momentum]
     return sequence(buffers)
 
 
-def _newton_schulz(net: Net, weight: Weight) -> list[Event]:
+def _newton_schulz(net: Net, weight: Weight, abridged: bool) -> list[Event]:
     """`muon.orthogonalised`: the matrix twice and two squares of its smaller side. Then the update
     is brought to the weight, which takes nothing unless that is bf16."""
     rows, columns = weight.rows, weight.columns
@@ -275,14 +288,14 @@ def _newton_schulz(net: Net, weight: Weight) -> list[Event]:
     sizes = scratch.cpu_transposed_copy(rows, columns, width) if turned else ()
     copied = tuple(net.fixed("copy scratch", "workspace", n, "60·60") for n in sizes)
     buffers: list[Buffer] = [*first, x, *first]
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(2 if abridged else NEWTON_SCHULZ_STEPS):
         gram, polynomial = made(small * small, "m·m"), made(small * small, "m·m")
         following = made(rows * columns, "rows·columns")
         buffers += [gram, polynomial, gram, following, *copied, *copied, x, polynomial]
         x = following
     if net.weight_bytes < FP32:
-        for stretch in row_stretches(rows, columns):
-            of = _Stretch(net, (stretch.stop - stretch.start) * columns, "fp32")
+        for length in _told(row_stretches(rows, columns), abridged):
+            of = _Stretch(net, length * columns, "fp32")
             value = of.made()
             buffers += [value, *of.by_chance(), value]
     return sequence([*buffers, x])

@@ -51,15 +51,16 @@ class Walk:
         incoming: Buffer,
         *,
         made_again: Sequence[Call] = (),
+        beside: Sequence[Buffer] = (),
         hold_entry: bool = False,
         entry_stays: bool = False,
         incoming_stays: bool = False,
     ) -> tuple[list[Event], Buffer | None]:
         """Events of the reversed list; returns also the gradient of `entry` that is left alive.
 
-        `incoming` is the gradient of the last result. With `hold_entry` the entry goes with what
-        the first operation kept, with `entry_stays` somebody else keeps it, as with
-        `incoming_stays` the incoming gradient.
+        `incoming` is the gradient of the last result. What lies `beside` goes with what the first
+        operation kept, and so does the entry with `hold_entry`; with `entry_stays` somebody else
+        keeps the entry, as with `incoming_stays` the incoming gradient.
         """
         events: list[Event] = []
         keepers = _count_keepers(operations)
@@ -85,8 +86,9 @@ class Walk:
                 gone = buffer in own or keepers[buffer] or _is_gradient(operation, buffer)
                 if not gone:
                     events.append(Event(-1, buffer))
-            if hold_entry and entry is not None and operation is operations[0]:
-                events.append(Event(-1, entry))
+            if operation is operations[0]:
+                going = (*beside, entry) if hold_entry and entry is not None else beside
+                events += [Event(-1, buffer) for buffer in going]
             for target, held in handed_on:
                 assert held is not None
                 _add(slots, target, held, events)

@@ -44,7 +44,7 @@ class AdamW(ParameterWise):
         if isinstance(self.formats[weight], Fp32) and weight.dtype != torch.bfloat16:
             self._fused(weight, group)
         else:
-            self._by_stretches(weight, state, group)
+            self._by_stretches(weight, group)
 
     def _fused(self, weight: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -57,10 +57,12 @@ class AdamW(ParameterWise):
                 found_inf=self.overflow,
             )  # fmt: skip
 
-    def _by_stretches(self, weight: Tensor, state: State, group: dict[str, Any]) -> None:
+    def _by_stretches(self, weight: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         stored, chance = self.formats[weight], self.chance_of(weight)
-        steps = state["step"] if self.taken is None else state["step"].clamp(min=1)
+        steps = self.state_of(weight)["step"]
+        if self.taken is not None:
+            steps = steps.clamp(min=1)  # the first step may be one that is not taken
         bias1, bias2 = (1 - beta**steps for beta in (beta1, beta2))
         del steps
         bias2.sqrt_()

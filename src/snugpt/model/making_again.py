@@ -64,9 +64,11 @@ class Call:
         self.function, self.inputs = function, inputs
         self.waiting: list[list[weakref.ref[Place]]] = []
 
-    @torch.no_grad()
     def run(self) -> None:
-        """Make the results again, and hand each to the places that still wait for it."""
+        """Make the results again, and hand each to the places that still wait for it.
+
+        Backward runs without gradients, and so does this: nothing is kept of it.
+        """
         inputs = [each.read() if isinstance(each, Place) else each for each in self.inputs]
         results = as_tuple(self.function(*inputs))
         for result, places in zip(results, self.waiting, strict=True):

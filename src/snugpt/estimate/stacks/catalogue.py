@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from snugpt.errors import BadQuestionError, unknown_name
 from snugpt.estimate.flops import executed_flops_per_token
+from snugpt.estimate.fully_sharded import FullyShardedStep
 from snugpt.estimate.parameters import parameter_groups
 from snugpt.estimate.stacks.nanochat import parameters as nanochat
 from snugpt.estimate.stacks.nanochat.eager import EagerStep
@@ -53,7 +54,8 @@ class Stack:
 
 
 def _snugpt_timeline(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Timeline:
-    return TrainingStep(shape, recipe, runtime).timeline()
+    step = FullyShardedStep if recipe.sharding == "full" else TrainingStep
+    return step(shape, recipe, runtime).timeline()
 
 
 def _nanochat_timeline(
