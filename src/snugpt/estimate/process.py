@@ -34,8 +34,8 @@ NCCL_BYTES = BytesBand(low=int(0.2 * GIB), expected=int(0.8 * GIB), high=int(2.0
 RESERVED_FACTOR, EXPANDABLE_FACTOR = 1.10, 1.02
 RESERVED_REST_BYTES = 64 * MIB
 
-# FSDP2 on 2 processes over gloo: the tests hold the measured peak to 0.99 to 1.15 times the walk, of
-# the least of three attempts; single attempts came to 1.22, maybe by frees on gloo's own thread
+# FSDP2 on 2 processes over gloo: the tests hold the measured peak, the least of three attempts, to
+# 0.99 to 1.15 times the walk; single attempts came to 1.22, maybe by frees on gloo's own thread
 # that the recorder misses. On CUDA it works on streams of its own, which share no memory: not
 # tried. Assumed.
 FULL_FACTOR = 1.2
