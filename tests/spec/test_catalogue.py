@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from snugpt.errors import BadQuestionError, SnugError
 from snugpt.spec import catalogue as catalogue_module
-from snugpt.spec.catalogue import catalogue, find_gpu
+from snugpt.spec.catalogue import card, catalogue, find_gpu
 from snugpt.spec.gpu import Gpu
 from snugpt.units import GIB, MIB
 
@@ -362,3 +362,9 @@ def test_loading_takes_milliseconds() -> None:
         return time.perf_counter() - start
 
     assert min(loading_s() for _ in range(5)) < 0.04
+
+
+def test_a_card_read_alone_is_the_card_of_the_whole_catalogue() -> None:
+    assert {card_id: card(card_id) for card_id in catalogue()} == dict(catalogue())
+    assert card("rtx-40") is None
+    assert card("") is None

@@ -21,7 +21,7 @@ from snugpt.planner.machine import CPU_ID, Machine, machine_for, share_of_each
 from snugpt.planner.programs import cautions, num_gpus_of, run_command, what_could_be_had_back
 from snugpt.planner.search import Choice, choose
 from snugpt.planner.subject import SHORTEST_CONTEXT
-from snugpt.spec.catalogue import catalogue
+from snugpt.spec.catalogue import card
 from snugpt.spec.plan import (
     Alternative,
     DataEstimate,
@@ -120,7 +120,7 @@ def _named(question: Question, machine: Machine) -> Question:
     """The question with its card's id and its stack's version, so that its command says the same
     on any machine and any day."""
     named = msgspec.structs.replace(question, stack=find_stack(question.stack).name)
-    known = machine.gpu.id == CPU_ID or machine.gpu.id in catalogue()
+    known = machine.gpu.id == CPU_ID or card(machine.gpu.id) is not None
     return msgspec.structs.replace(named, gpu=machine.gpu.id) if known else named
 
 

@@ -53,6 +53,12 @@ def tiers(question: Question, shape: ModelShape) -> Iterator[Tier]:
             yield levers
 
 
+def loses_nothing(tier: Tier, question: Question) -> bool:
+    """Whether every set of a tier is as exact as the question allows."""
+    formats = ("weight_dtype", "state_dtype")
+    return all(levers[lever] == _values(question, lever)[0] for levers in tier for lever in formats)
+
+
 def is_exact(recipe: TrainingRecipe) -> bool:
     """Whether every lever leaves the arithmetic as it is."""
     return all(getattr(recipe, lever) == value for lever, value in EXACT.items())

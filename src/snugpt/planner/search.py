@@ -26,7 +26,7 @@ from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import plain_dial, refused
 from snugpt.planner.horizon import Amount
-from snugpt.planner.levers import LeverSet, Tier, tiers
+from snugpt.planner.levers import LeverSet, Tier, loses_nothing, tiers
 from snugpt.planner.machine import Machine
 from snugpt.planner.programs import launcher_of, num_gpus_of
 from snugpt.planner.schedule import schedule_for
@@ -109,17 +109,20 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Return the sets of levers of a settled question, the largest batch first.
 
-    Tier by tier, until something of a tier fits.
+    Tier by tier, until something of a tier fits; for the smallest peak, all that is exact.
 
     Raises:
         BadQuestionError: a lever is pinned where it can't be pulled.
     """
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
     search = _Search(question, shape, machine, base)
+    smallest, fits = question.objective == "memory", False
     for number, tier in enumerate(tiers(question, shape)):
-        if search.smallest_fits(tier):
-            search.look_at(tier, everything=number == 0 or question.objective == "memory")
+        if fits and not (smallest and loses_nothing(tier, question)):
             break
+        if search.smallest_fits(tier):
+            search.look_at(tier, everything=number == 0 or smallest)
+            fits = True
     if not search.found:
         search.look_at(tier, everything=True)
     if not search.found:

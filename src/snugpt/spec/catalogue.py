@@ -61,9 +61,28 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 @cache
 def catalogue() -> Mapping[str, Gpu]:
     """Return every card of the catalogue by its id, in the order of the file."""
-    tables = tomllib.loads(CATALOGUE_FILE.read_text(encoding="utf-8"))["gpu"]
-    rows = msgspec.convert(tables, list[_Row])
-    return MappingProxyType({row.id: _gpu(row) for row in rows})
+    return MappingProxyType({gpu.id: gpu for gpu in _read(_text())})
+
+
+@cache
+def card(card_id: str) -> Gpu | None:
+    """Return the card of that id, None where there is none; only its own table is read."""
+    text, head = _text(), f'\n[[gpu]]\nid = "{card_id}"\n'
+    start = text.find(head)
+    if start < 0:
+        return None
+    end = text.find("\n[[gpu]]\n", start + len(head))
+    return _read(text[start : end if end > 0 else None])[0]
+
+
+@cache
+def _text() -> str:
+    return CATALOGUE_FILE.read_text(encoding="utf-8")
+
+
+def _read(tables: str) -> list[Gpu]:
+    rows = msgspec.convert(tomllib.loads(tables)["gpu"], list[_Row])
+    return [_gpu(row) for row in rows]
 
 
 def find_gpu(text: str) -> Gpu:
@@ -72,6 +91,9 @@ def find_gpu(text: str) -> Gpu:
     Understands ids (`a100-80gb`), what the driver calls the card ("NVIDIA A100-SXM4-80GB") and what
     people type ("4090", "geforce rtx 3060 12 GB").
     """
+    exact = card(text)
+    if exact is not None:
+        return exact
     words = _words(text) if len(text) <= _LONGEST_NAME else ()
     card_id = _ids_by_words().get(words)
     if card_id is None:
