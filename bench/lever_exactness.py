@@ -162,8 +162,8 @@ def main() -> None:
     asked = parser.parse_args()
     began_s = time.monotonic()
     said = [
-        f"python bench/lever_exactness.py --styles {' '.join(asked.styles)}, on the CPU in fp32 where nothing"
-        " else is said",
+        f"python bench/lever_exactness.py --styles {' '.join(asked.styles)},"
+        " on the CPU in fp32 where nothing else is said",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; {LAYERS} layers x {WIDTH},"
         f" {BATCH} x {SEQ_LEN} bytes of the built-in corpus a step, {asked.steps} steps,"
         f" seeds {SEEDS[0]} to {SEEDS[-1]}",
