@@ -48,11 +48,7 @@ def test_the_plain_case_is_pytorchs_to_the_bit():
 def test_the_update_by_stretches_is_adamw(monkeypatch, elements):
     """Fp32 moments of bf16 weights, and of fp32 weights that are made to go this way."""
     monkeypatch.setattr(updating, "STRETCH_ELEMENTS", elements)
-
-    def by_stretches(self, weight, group) -> None:
-        self._by_stretches(weight, self.state_of(weight), group)
-
-    monkeypatch.setattr(AdamW, "_fused", by_stretches)
+    monkeypatch.setattr(AdamW, "_fused", AdamW._by_stretches)
     ours, theirs = start(), start()
     moved(AdamW, ours, betas=(0.8, 0.95))
     moved(torch.optim.AdamW, theirs, betas=(0.8, 0.95))
