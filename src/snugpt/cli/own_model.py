@@ -22,7 +22,11 @@ from snugpt.errors import BadQuestionError, DoesNotFitError, SnugError
 from snugpt.units import gib
 
 MODEL_FLAGS = {"gpu", "batch_size", "seq_len", "compute_dtype", "task"}
-AUTOCAST = {"bf16": "bf16", "fp32": None}  # of compute_dtype; the card decides where it is not said
+AUTOCAST = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": None,
+}  # of compute_dtype; the card decides where it is not said
 HELP = "snugpt trace --help"
 SHORTER = (4, 16)  # the parts of a sequence that are tried where not one of it fits
 
