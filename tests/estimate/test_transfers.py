@@ -83,6 +83,12 @@ def test_a_step_that_moves_something_takes_longer_never_shorter(recipe):
     assert times[0] <= times[2]
 
 
+# Rows of twice the tokens, on two devices.
+SHARDED = {
+    "sharding": "optimizer", "world_size": 2, "launcher": "torchrun", "total_batch_tokens": 2**20,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "runtime", "depth", "because"),
     [
@@ -90,7 +96,7 @@ def test_a_step_that_moves_something_takes_longer_never_shorter(recipe):
         ({"offload": "activations"}, Runtime(device="cpu", attention="cpu"), 4, "CPU"),
         ({"offload": "activations"}, FLASH, 1, "last layer"),
         ({"offload": "activations", "compile": "on"}, FLASH, 4, "compiled"),
-        ({"offload": "optimizer", "sharding": "optimizer"}, FLASH, 4, "sharding"),
+        ({"offload": "optimizer", **SHARDED}, FLASH, 4, "sharding"),
     ],
 )  # fmt: skip
 def test_offload_that_would_change_nothing_or_was_not_derived_is_refused(

@@ -307,11 +307,15 @@ class TestMemoryThatReallyRunsOut:
         plan = self.plan(text, self.ROWS)
         room_bytes = self.plan(text, room_for * 3 // 2).memory.allocated_bytes
         told, path = tmp_path / "told.json", tmp_path / "run"
-        leg = fork(lambda: self.limited(plan, path, room_bytes, after_step, told))
+        few = self.plan(text, 2)
+        leg = fork(lambda: self.limited(few, plan, path, room_bytes, after_step, told))
         assert exit_code_of(leg) == 0
         return json.loads(told.read_text())
 
-    def limited(self, plan: Plan, path: Path, room_bytes: int, after_step: int, told: Path) -> None:
+    def limited(
+        self, few: Plan, plan: Plan, path: Path, room_bytes: int, after_step: int, told: Path
+    ) -> None:
+        run_tiny(few, path.parent / "few")  # brings in what a first step loads, threads and all
         # Large blocks go back to the system when they are freed, whatever was freed before.
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, 128 * 1024)
