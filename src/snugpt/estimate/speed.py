@@ -72,7 +72,13 @@ def training_rate(
     dtype = recipe.compute_dtype
     peak = dense_rate(gpu, dtype) * (FP8_SPEEDUP if recipe.fp8 == "on" else 1.0)
     band = Band(peak * share.low, peak * share.expected, peak * share.high)
-    return Rate(band, "assumed", f"{share.expected:.0%} of {peak / 1e12:.3g} TFLOP/s {dtype}")
+    name = "fp8 beside bf16" if recipe.fp8 == "on" else dtype
+    return Rate(band, "assumed", f"{share.expected:.0%} of {_three(peak / 1e12)} TFLOP/s {name}")
+
+
+def _three(number: float) -> str:
+    """Three significant digits, never as a power."""
+    return f"{float(f'{number:.3g}'):g}"
 
 
 def dense_rate(gpu: Gpu, dtype: str) -> float:

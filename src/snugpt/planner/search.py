@@ -43,6 +43,7 @@ SMALLEST_CHUNK_TOKENS = 64
 TIE_SHARE = 0.001  # step times nearer than this are equal: the estimate is not that sharp
 LARGEST_ESTIMATE_BYTES = 2**55
 GRADIENT_BYTES = 4  # of a parameter, at most
+NEAREST_SMALLEST = 3  # what the allocator adds may turn the order of the smallest
 
 
 class Candidate(NamedTuple):
@@ -64,7 +65,8 @@ class Choice(NamedTuple):
 def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
     """Return the dtype of the arithmetic, or what is pinned.
 
-    bf16 on CUDA 8.0 and up, fp16 on older cards, fp32 on everything else.
+    bf16 on CUDA 8.0 and up, fp16 on one older card, fp32 on everything else: several would have to
+    agree on the scale of the loss.
 
     Raises:
         BadQuestionError: bf16 is pinned and the device has none, or generation in fp16 off CUDA.
@@ -79,7 +81,8 @@ def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
     capability = machine.gpu.capability
     if capability is not None and capability >= FIRST_BF16:
         return pinned or "bf16"
-    best: ComputeDtype = "fp32" if capability is None else "fp16"
+    several = question.task == "train" and num_gpus_of(question) > 1
+    best: ComputeDtype = "fp32" if capability is None or several else "fp16"
     field = "compute_dtype" if question.task == "train" else "weight_dtype"
     if pinned == "bf16":
         raise refused(
@@ -88,7 +91,7 @@ def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
             question,
             **{field: best},
         )
-    if pinned == "fp16" and best == "fp32":
+    if pinned == "fp16" and capability is None:
         raise refused(f"{field} = 'fp16' is not allowed: it is for CUDA", question, **{field: best})
     return pinned or best
 
@@ -239,12 +242,17 @@ def choose(
     """
     capacity = machine.capacity_bytes - question.reserve
     fitting = [each for each in found if each.process_bytes <= capacity]
+    simulated: list[Choice] = []
     while fitting:
         best = best_of(fitting, question.objective)
         memory = estimate(best.recipe, question, shape, machine)
         if memory.fits:
-            return Choice(best.recipe, memory, best.step_s)
+            simulated.append(Choice(best.recipe, memory, best.step_s))
+            if question.objective == "speed" or len(simulated) == NEAREST_SMALLEST:
+                break
         fitting.remove(best)
+    if simulated:
+        return min(simulated, key=lambda choice: choice.memory.process_bytes.high)
     smallest = min(found, key=lambda each: (each.process_bytes, each.step_s))
     if smallest.process_bytes > LARGEST_ESTIMATE_BYTES:
         plain = plain_dial(question, depth=12)
