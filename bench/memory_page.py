@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 
 import snugpt
-from snugpt.estimate.memory import memory_estimate
+from snugpt.estimate.levers import why_not
+from snugpt.estimate.memory import memory_estimate, runtime_of
 from snugpt.estimate.operations import Buffer, Net
 from snugpt.estimate.scratch import ASSUMED
 from snugpt.estimate.speed import step_time_s, training_rate
@@ -27,11 +28,12 @@ from snugpt.planner.command import flag
 from snugpt.planner.levers import in_words
 from snugpt.planner.picturing import picture_of
 from snugpt.planner.pulled import pulled, words
+from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.plan import Plan
-from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.recipe import Sharding, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, Style, shape_for
-from snugpt.units import gib
+from snugpt.units import GIB, MIB, gib
 
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "memory.md"
 PICTURE = PAGE.with_suffix(".svg")
@@ -48,6 +50,11 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"device_batch_size": BATCH, "checkpoint": "none", "offload": "none"},
     {"objective": "memory"},
 )
+SHARDED: tuple[Sharding, ...] = ("optimizer", "full")
+WORLD_SIZES = (2, 4, 8)
+DTYPES: dict[str, dict[str, Any]] = {
+    "--fp8": {"fp8": "on"}, "--compute-dtype fp16": {"compute_dtype": "fp16"},
+}  # fmt: skip
 # What decides how much of a category there is, for a person.
 DECIDES = {
     "weights": "the model: 4 bytes per parameter, in fp32",
@@ -96,7 +103,8 @@ def page(text: str) -> str:
     tables: dict[str, Callable[[], str]] = {f"kept {style}": _kept(style) for style in STYLES}
     tables |= {
         "categories": categories_table, "terms": terms_table, "levers": levers_table,
-        "together": together_table, "assumed": assumed_table,
+        "sharding": sharding_table, "dtypes": dtypes_table, "together": together_table,
+        "assumed": assumed_table,
     }  # fmt: skip
 
     def made(match: re.Match[str]) -> str:
@@ -221,6 +229,49 @@ def _halved(plan: Plan) -> tuple[int, float]:
     times = [step_time_s(plan.shape, each, plan.gpu, rate) for each in (half, recipe)]
     memory = memory_estimate(plan.shape, half, plan.gpu)
     return plan.memory.allocated_bytes - memory.allocated_bytes, times[0] / times[1]
+
+
+def sharding_table() -> str:
+    """What one card holds of the example's step where several of its kind take it together."""
+    plan = example()
+    whole = plan.memory.allocated_bytes
+    rows = []
+    for sharding in SHARDED:
+        for world_size in WORLD_SIZES:
+            memory = _sharded(plan, sharding, world_size)
+            off, left = gib(whole - memory.allocated_bytes), gib(memory.allocated_bytes)
+            if sharding == "full":
+                off, left = "", f"{left} to {gib(memory.reserved_bytes.high)}, reserved"
+            high = gib(memory.process_bytes.high)
+            rows.append(
+                f"| `--num-gpus {world_size} --sharding {sharding}` | {off} | {left} | {high} |"
+            )
+    head = "| lever | off the peak of a card | left | process, at most |"
+    return "\n".join([head, "|---|---:|---:|---:|", *rows])
+
+
+def _sharded(plan: Plan, sharding: Sharding, world_size: int) -> MemoryEstimate:
+    recipe = msgspec.structs.replace(
+        training(plan), sharding=sharding, world_size=world_size, launcher="torchrun",
+        grad_accum_steps=training(plan).grad_accum_steps // world_size,
+    )  # fmt: skip
+    runtime = runtime_of(plan.shape, recipe, plan.gpu, 1)
+    assert why_not(plan.shape, recipe, runtime) is None
+    return memory_estimate(plan.shape, recipe, plan.gpu)
+
+
+def dtypes_table() -> str:
+    """The peak of the example with products in FP8, and computed in fp16."""
+    plan = example()
+    whole = plan.memory.allocated_bytes
+    rows = []
+    for name, changes in DTYPES.items():
+        recipe = msgspec.structs.replace(training(plan), **changes)
+        assert why_not(plan.shape, recipe, runtime_of(plan.shape, recipe, plan.gpu, 1)) is None
+        left = memory_estimate(plan.shape, recipe, plan.gpu).allocated_bytes
+        assert abs(whole - left) < 16 * MIB, f"{name} changes the peak: say so in the page"
+        rows.append(f"| `{name}` | {abs(whole - left) / GIB:.1f} GiB | {gib(left)} |")
+    return "\n".join(["| lever | off the peak | left |", "|---|---:|---:|", *rows])
 
 
 def together_table() -> str:

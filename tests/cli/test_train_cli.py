@@ -123,6 +123,28 @@ def test_the_receipt_prints_predicted_over_measured(door: Door) -> None:
     assert 0.999 <= measurement.ratios["allocated"] <= 1.001
 
 
+def test_the_receipt_tells_of_steps_that_ran_out_of_memory(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, tries = snugpt.run.train.take_step, []
+
+    def full_twice(*arguments):
+        tries.append(None)
+        if len(tries) in (2, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return take_step(*arguments)
+
+    line = TRAIN + " --device-batch-size 4 --save-every 1"
+    with monkeypatch.context() as full:
+        full.setattr("snugpt.run.train.take_step", full_twice)
+        done = door(line)
+    assert done.code == 0
+    told = "2 retries after out of memory: device_batch_size 4 -> 1"
+    assert done.out.splitlines()[-1] == told
+    assert door(line).out.splitlines()[-1] == told  # of the run that has ended, too
+    assert "after out of memory" not in door(f"{line} --name other").out
+
+
 def test_a_plan_and_flags_together_are_refused(door: Door) -> None:
     error, hint = refusal(door(f"train {plan_file(door)} --learning-rate 0.1"), 2)
     assert "learning_rate" in error

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from snugpt.estimate.memory import memory_estimate, runtime_of, timeline_of
 from snugpt.estimate.scratch import ASSUMED
+from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.planner.answer import plan
 from snugpt.planner.picturing import picture_of
 from snugpt.planner.pulled import pulled, words
@@ -75,6 +77,32 @@ def test_every_lever_of_the_trainer_that_saves_memory_has_its_row() -> None:
             left = memory_estimate(found.shape, each.recipe, found.gpu).allocated_bytes
             assert f"| {gib(left)} |" in row[0] or gib(each.bytes_saved) in row[0]
             assert row[0].endswith("| yes |" if each.exact else "| no |")
+
+
+def test_what_several_cards_keep_and_what_saves_nothing_have_their_rows() -> None:
+    found, held = example(), {}
+    for row in lines_of("sharding")[2:]:
+        num_gpus, sharding = re.findall(r"--num-gpus (\d) --sharding (\w+)`", row)[0]
+        recipe = msgspec.structs.replace(
+            found.recipe, world_size=int(num_gpus), sharding=sharding, launcher="torchrun",
+            grad_accum_steps=found.recipe.grad_accum_steps // int(num_gpus),
+        )  # fmt: skip
+        memory = memory_estimate(found.shape, recipe, found.gpu)
+        assert f" {gib(memory.allocated_bytes)} " in row
+        assert (f" to {gib(memory.reserved_bytes.high)}, reserved" in row) == (sharding == "full")
+        assert row.endswith(f"| {gib(memory.process_bytes.high)} |")
+        held[sharding, num_gpus] = memory.allocated_bytes
+    assert {sharding for sharding, _ in held} == {*SNUGPT.levers["sharding"]} - {"none"}
+    assert {number for _, number in held} == {"2", "4", "8"}
+    assert [row.split("|")[1:3] for row in lines_of("dtypes")[2:]] == [
+        [" `--fp8` ", " 0.0 GiB "], [" `--compute-dtype fp16` ", " 0.0 GiB "],
+    ]  # fmt: skip
+
+
+def test_full_sharding_is_excepted_from_what_is_exact_and_traced() -> None:
+    said = " ".join(TEXT.split())
+    assert "`--sharding full` is the exception: [its figures are a band]" in said
+    assert "not a figure to the byte, in the receipt too, and `snugpt trace` does not" in said
 
 
 def test_every_term_that_our_model_keeps_names_its_line() -> None:

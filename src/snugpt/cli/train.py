@@ -122,7 +122,7 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
 
         click.echo(msgspec.json.encode(measurement).decode())
     elif measurement is not None:
-        for line in receipt_lines(measurement):
+        for line in receipt_lines(measurement, plan.recipe):
             click.echo(line)
     if result.finished:
         click.echo(f"generate with: snugpt generate {run} --prompt 'The file'", err=True)
