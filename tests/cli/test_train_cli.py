@@ -315,8 +315,39 @@ def test_another_run_of_that_name_is_refused_and_kept(door: Door) -> None:
     door(TRAIN)
     before = {name: Path("runs/small", name).read_bytes() for name in WHOLE_RUN}
     error, _ = refusal(door(TRAIN.replace("--num-iterations 3", "--num-iterations 4")), 1)
-    assert "another recipe" in error
+    assert "another recipe: total_tokens 384 there, 512 here" in error
     assert {name: Path("runs/small", name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--state-dtype bf16", "recipe: state_dtype fp32 there, bf16 here"),
+        ("--seed 7", "recipe: seed 1337 there, 7 here"),
+        (
+            "--optimizer adamw --learning-rate 0.5 --state-dtype bf16",
+            "recipe: optimizer muon there, adamw here; state_dtype fp32 there, bf16 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        (
+            "--total-batch-tokens 256 --learning-rate 0.5",
+            "recipe: total_batch_tokens 128 there, 256 here; total_tokens 384 there, 768 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        ("--layers 2", "shape: num_layers 1 there, 2 here"),
+    ],
+)
+def test_a_run_of_that_name_with_another_lever_says_which(
+    door: Door, monkeypatch: pytest.MonkeyPatch, more: str, named: str
+) -> None:
+    door(TRAIN)
+    line = f"{TRAIN} {more}"
+    monkeypatch.setattr("sys.argv", ["snugpt", *line.split()])
+    error, hint = refusal(door(line), 1)
+    assert error == f"runs/small holds a run with another {named}"
+    assert hint.count("--name") == 1
+    assert hint.endswith(f" {more} --name small-2")
+    assert door(hint).code == 0
 
 
 def test_out_of_memory_says_so_in_two_lines_and_the_command_it_hints_goes_on(
