@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_json_holds_the_stable_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"name", "category", "bytes", "formula", "basis"} == set(made["memory"]["terms"][0])
     assert made["cost"] is None
     assert (made["recipe"]["task"], made["stack"]) == ("train", "snugpt")
+
+
+def test_the_error_line_names_the_largest_part_of_the_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "--gpu rtx-4090 --depth 24 --device-batch-size 4 --loss plain --checkpoint none"
+    assert run(["plan", *words.split(), "--offload", "none", "--exact"]) == 3
+    printed = capsys.readouterr()
+    (first,) = re.findall(r"█ (\w+) ([\d.]+)", printed.out)
+    assert first == ("optimizer", "7.78")
+    assert f"largest: {first[0]} {first[1]} GiB\n" in printed.err
 
 
 def test_generation_has_its_own_recipe(capsys: pytest.CaptureFixture[str]) -> None:

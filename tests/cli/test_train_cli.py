@@ -165,14 +165,17 @@ EDITS: list[tuple[str, Any, str]] = [
     ("recipe.schedule.learning_rate", -1.0, "learning_rate = -1.0"),
     ("recipe.schedule.warmup_fraction", 2.0, "warmup_fraction = 2.0"),
     ("recipe.schedule.eval_every_steps", 0, "eval_every_steps = 0"),
-    ("recipe.optimizer", "sgd", "$.recipe.optimizer"),
+    ("recipe.optimizer", "sgd", "recipe.optimizer = 'sgd' is not allowed: muon, adamw"),
+    ("recipe.state_dtype", "int4", "recipe.state_dtype = 'int4' is not allowed: fp32, bf16, int8"),
+    ("recipe.selective_steps", ["all"], "'all' is not allowed: pointwise, qkv, up"),
+    ("recipe.schedule.clip_norm", 1001.0, "clip_norm = 1001.0 is not allowed: 0 to 1000"),
     ("recipe.optimiser", "muon", "optimiser"),
     ("recipe.world_size", 2, "x 2 = 256"),
     ("shape.model_dim", 33, "model_dim = 33"),
     ("shape.num_layers", 0, "num_layers = 0"),
     ("shape.context_len", 16, "context"),
     ("shape.dropout", 1.5, "dropout = 1.5"),
-    ("gpu.backend", "tpu", "$.gpu.backend"),
+    ("gpu.backend", "tpu", "gpu.backend = 'tpu' is not allowed: cuda, "),
     ("memory", {}, "$.memory"),
     ("recipe", None, "recipe"),
 ]
@@ -190,11 +193,36 @@ def test_a_plan_with_a_field_that_can_not_be_is_refused(
         inner = inner[name]
     inner[last] = value
     file.write_text(json.dumps(plan))
+    written = file.read_bytes()
     error, hint = refusal(door(f"train {file}"), 2)
     assert named in error
     assert error.count("plan.json") == 1
-    assert door(hint).code in (0, 3)
+    command = plan["command"] if value == value else "snugpt plan --depth 12"  # NaN is no JSON
+    assert hint == f"{command} -o plan-2.json"
+    assert door(hint).code == 0
+    assert file.read_bytes() == written  # what the user wrote is not overwritten
+    assert Path("plan-2.json").exists()
     assert not Path("runs").exists()
+
+
+def test_what_an_edited_plan_says_of_its_command_is_hinted_only_if_it_is_one(door: Door) -> None:
+    file = plan_file(door)
+    plan = json.loads(file.read_bytes()) | {"schema": 2}
+    for command in (
+        "rm -r runs",
+        "snugpt plan --depth 2; ls",
+        "snugpt plan\nls",
+        "snugpt trace",
+        3,
+    ):
+        file.write_text(json.dumps(plan | {"command": command}))
+        _, hint = refusal(door(f"train {file}"), 2)
+        assert hint == "snugpt plan --depth 12 -o plan-2.json"
+
+
+def test_a_plan_that_is_not_there_is_hinted_under_its_name(door: Door) -> None:
+    _, hint = refusal(door("train none.json"), 1)
+    assert hint == "snugpt plan --depth 12 -o none.json"
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
@@ -287,8 +315,39 @@ def test_another_run_of_that_name_is_refused_and_kept(door: Door) -> None:
     door(TRAIN)
     before = {name: Path("runs/small", name).read_bytes() for name in WHOLE_RUN}
     error, _ = refusal(door(TRAIN.replace("--num-iterations 3", "--num-iterations 4")), 1)
-    assert "another recipe" in error
+    assert "another recipe: total_tokens 384 there, 512 here" in error
     assert {name: Path("runs/small", name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--state-dtype bf16", "recipe: state_dtype fp32 there, bf16 here"),
+        ("--seed 7", "recipe: seed 1337 there, 7 here"),
+        (
+            "--optimizer adamw --learning-rate 0.5 --state-dtype bf16",
+            "recipe: optimizer muon there, adamw here; state_dtype fp32 there, bf16 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        (
+            "--total-batch-tokens 256 --learning-rate 0.5",
+            "recipe: total_batch_tokens 128 there, 256 here; total_tokens 384 there, 768 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        ("--layers 2", "shape: num_layers 1 there, 2 here"),
+    ],
+)
+def test_a_run_of_that_name_with_another_lever_says_which(
+    door: Door, monkeypatch: pytest.MonkeyPatch, more: str, named: str
+) -> None:
+    door(TRAIN)
+    line = f"{TRAIN} {more}"
+    monkeypatch.setattr("sys.argv", ["snugpt", *line.split()])
+    error, hint = refusal(door(line), 1)
+    assert error == f"runs/small holds a run with another {named}"
+    assert hint.count("--name") == 1
+    assert hint.endswith(f" {more} --name small-2")
+    assert door(hint).code == 0
 
 
 def test_out_of_memory_says_so_in_two_lines_and_the_command_it_hints_goes_on(

@@ -19,7 +19,7 @@ from snugpt.run.run_folder import training_recipe
 from snugpt.spec.host import cpu_capacity_bytes
 from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import TrainingRecipe
-from snugpt.units import gib
+from snugpt.units import gib, gib_of
 
 
 def runnable(plan: Plan, watcher: Watcher) -> Plan:
@@ -38,8 +38,8 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     plan = predicted_anew(plan, watcher)
     if not plan.fits:
         raise DoesNotFitError(
-            f"the plan does not fit: process {gib(plan.memory.process_bytes.high)} of"
-            f" {gib(plan.memory.capacity_bytes)}",
+            f"the plan does not fit: process"
+            f" {gib_of(plan.memory.process_bytes.high, plan.memory.capacity_bytes)}",
             hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
         )
     backend = plan.gpu.backend

@@ -25,6 +25,7 @@ from snugpt.spec.recipe import Recipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 
 RUNS = Path("runs")
+MOST_FIELDS = 4  # that differ and are named in one line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -80,7 +81,7 @@ class RunFolder:
         """Refuse another plan than the one that was begun here, if one was.
 
         Levers that leave what is learned alone may differ, tokens per step may not. The
-        hint is the command that was given, with another name: the last one said counts.
+        hint is the command that was given, with another name.
 
         Raises:
             FailedError: the plan here has another shape or recipe.
@@ -89,10 +90,11 @@ class RunFolder:
             return
         before = self.plan()
         for field in ("shape", "recipe"):
-            if _learned(getattr(before, field)) != _learned(getattr(plan, field)):
+            there, here = _learned(getattr(before, field)), _learned(getattr(plan, field))
+            if there != here:
                 raise FailedError(
-                    f"{self.path} holds a run with another {field}",
-                    hint=f"{shlex.join(argv or ('snugpt', 'train'))} --name {self.path.name}-2",
+                    f"{self.path} holds a run with another {field}: {_apart(there, here)}",
+                    hint=_renamed(argv or ("snugpt", "train"), f"{self.path.name}-2"),
                 )
 
     def log(self, **values: Any) -> None:
@@ -130,6 +132,35 @@ def _learned(part: ModelShape | Recipe) -> ModelShape | Recipe:
         loss_chunk_tokens=1, checkpoint="none", selective_steps=(), compile="off", offload="none",
         sharding="none", launcher="python",
     )  # fmt: skip
+
+
+def _apart(there: ModelShape | Recipe, here: ModelShape | Recipe) -> str:
+    """Which fields differ, with both values: "seed 1 there, 2 here"."""
+    before, now = _fields(there), _fields(here)
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    # Rows of a step follow from its tokens and their length.
+    names = [name for name in names if name != "device_batch_size"] or names
+    said = [f"{name} {before.get(name)} there, {now.get(name)} here" for name in names]
+    more = f"; and {len(said) - MOST_FIELDS} more" if len(said) > MOST_FIELDS else ""
+    return "; ".join(said[:MOST_FIELDS]) + more
+
+
+def _fields(part: ModelShape | Recipe) -> dict[str, Any]:
+    """The fields of a shape or of a recipe, those of its schedule among them."""
+    fields = msgspec.to_builtins(part)
+    schedule = fields.pop("schedule", None) or {}
+    return {**fields, **schedule}
+
+
+def _renamed(argv: Sequence[str], name: str) -> str:
+    """A command with another `--name` in the place of its own."""
+    words, kept = iter(argv), []
+    for word in words:
+        if word == "--name":
+            next(words, None)
+        elif not word.startswith("--name="):
+            kept.append(word)
+    return shlex.join([*kept, "--name", name])
 
 
 def _append_line(path: Path, line: bytes) -> None:
