@@ -182,7 +182,7 @@ def questions(draw: st.DrawFn) -> dict[str, Any]:
     return fields
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=160, deadline=None, derandomize=True)
 @given(questions())
 def test_any_question_is_answered_or_refused_in_one_line(fields: dict[str, Any]) -> None:
     refused: SnugError | None = None

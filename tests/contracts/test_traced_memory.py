@@ -5,8 +5,11 @@ Requested bytes, phase by phase, and every allocation in its order. A miss is a 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from fuzzed_steps import fuzzed
+from lever_pairs import LEVERS
 from msgspec.structs import replace
 from recorder import recipe_for
 
@@ -14,12 +17,14 @@ from snugpt.errors import BadQuestionError
 from snugpt.estimate.comparison import Comparison, compare
 from snugpt.estimate.host import host_bytes
 from snugpt.estimate.memory import batch_of, timeline_of
-from snugpt.spec.recipe import Recipe
+from snugpt.estimate.stacks.catalogue import SNUGPT
+from snugpt.spec.recipe import Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 from snugpt.tracing.steps import trace, trace_training
 
-NUM_FUZZED, BATCH = 300, 20
+NUM_FUZZED, BATCH = 160, 20  # bench/predicted_traced.py takes 5,000
+LEAST_DRAWS = 5  # of every value of every lever
 LARGEST_ERROR = 0.001
 SCALAR_BYTES = 512  # blocks of a few numbers, and events that only those change, do not count
 FLASH = Runtime(device="cuda", attention="flash", capability=(9, 0))
@@ -43,6 +48,14 @@ def assert_agree(found: Comparison) -> None:
 def test_predicted_is_traced_whatever_a_recipe_says(first):
     for seed in range(first, first + BATCH):
         assert_agree(both(*fuzzed(seed)))
+
+
+@pytest.mark.parametrize("lever", [*LEVERS, "checkpoint"])
+def test_these_recipes_have_every_value_of_every_lever(lever):
+    recipes = [fuzzed(seed)[1] for seed in range(NUM_FUZZED)]
+    drawn = Counter(getattr(r, lever) for r in recipes if isinstance(r, TrainingRecipe))
+    assert drawn.keys() >= set(SNUGPT.levers[lever])
+    assert min(drawn.values()) >= LEAST_DRAWS
 
 
 @pytest.mark.parametrize("style", STYLES)

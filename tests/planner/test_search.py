@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,12 @@ FITTING: list[dict[str, Any]] = [
 ]
 
 
+@cache
+def _planned(index: int) -> Plan:
+    """The plan of a fitting question: frozen, so made once for all tests."""
+    return plan(**FITTING[index])
+
+
 def _training(made: Plan) -> TrainingRecipe:
     assert isinstance(made.recipe, TrainingRecipe)
     return made.recipe
@@ -43,9 +50,9 @@ def _with_batch(made: Plan, batch: int) -> tuple[bool, float]:
     return memory.fits, speed_estimate(made.shape, other, made.gpu).step_s
 
 
-@pytest.mark.parametrize("fields", FITTING)
-def test_the_next_larger_batch_does_not_fit_or_is_not_faster(fields: dict[str, Any]) -> None:
-    made = plan(**fields)
+@pytest.mark.parametrize("index", range(len(FITTING)))
+def test_the_next_larger_batch_does_not_fit_or_is_not_faster(index: int) -> None:
+    made = _planned(index)
     recipe = _training(made)
     assert made.fits
     rows = recipe.total_batch_tokens // recipe.seq_len
@@ -57,15 +64,15 @@ def test_the_next_larger_batch_does_not_fit_or_is_not_faster(fields: dict[str, A
         assert not fits or step_s >= made.speed.step_s * (1 - 1.01 * TIE_SHARE)
 
 
-@pytest.mark.parametrize("fields", FITTING)
-def test_a_plan_holds_together(fields: dict[str, Any]) -> None:
-    made, recipe = plan(**fields), _training(plan(**fields))
+@pytest.mark.parametrize("index", range(len(FITTING)))
+def test_a_plan_holds_together(index: int) -> None:
+    made, recipe = _planned(index), _training(_planned(index))
     product = recipe.device_batch_size * recipe.seq_len * recipe.grad_accum_steps
     assert product * recipe.world_size == recipe.total_batch_tokens
     assert sum(term.bytes for term in made.memory.terms) == made.memory.allocated_bytes
     assert made.fits == (made.memory.process_bytes.high <= made.memory.capacity_bytes)
     assert made.memory.capacity_bytes == made.gpu.usable_bytes - made.question.reserve
-    for field, value in fields.items():
+    for field, value in FITTING[index].items():
         if hasattr(recipe, field):
             assert getattr(recipe, field) == value
     assert made.parameters.total == sum(made.parameters.groups.values())
@@ -161,9 +168,9 @@ def test_the_context_is_halved_before_the_model_shrinks_unless_it_is_pinned() ->
     assert plan(gpu="t4", depth=19, seq_len=2048).alternatives[0].change.startswith("depth")
 
 
-@pytest.mark.parametrize("fields", FITTING)
-def test_each_rung_of_the_ladder_buys_bytes_with_time(fields: dict[str, Any]) -> None:
-    ladder = plan(**fields).ladder
+@pytest.mark.parametrize("index", range(len(FITTING)))
+def test_each_rung_of_the_ladder_buys_bytes_with_time(index: int) -> None:
+    ladder = _planned(index).ladder
     assert (ladder[0].bytes_saved, ladder[0].time_factor) == (0, 1.0)
     for upper, lower in pairwise(ladder):
         assert lower.bytes_saved > upper.bytes_saved

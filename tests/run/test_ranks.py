@@ -15,7 +15,6 @@ import msgspec
 import pytest
 import torch
 from tiny_plan import Seen, run_tiny, tiny_plan, write_text
-from two_processes import exit_codes, run_ranks
 
 import snugpt.run.train as training
 from snugpt.cli.main import run
@@ -24,6 +23,7 @@ from snugpt.run.distributed import joined
 from snugpt.run.reports import EvaluationReport, StepReport
 from snugpt.run.tensor_file import opened
 from snugpt.spec.plan import Plan, encode_plan
+from two_processes import exit_codes, run_ranks
 
 STEPS = 6
 SHARDINGS = ("none", "optimizer", "full")

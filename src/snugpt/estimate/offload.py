@@ -29,17 +29,17 @@ class MovedLayers:
 
     layers: tuple[tuple[Buffer, ...], ...] = ()
 
-    def before(self, phase: Phase, layer: int) -> list[Event]:
+    def before(self, phase: Phase, layer: int) -> tuple[Event, ...]:
         """A layer's backward begins with the tensors of the layer before it coming back."""
         if phase != "backward":
-            return []
-        return [Event(1, buffer) for buffer in self._of(layer - 1)]
+            return ()
+        return tuple(Event(1, buffer) for buffer in self._of(layer - 1))
 
-    def after(self, phase: Phase, layer: int) -> list[Event]:
+    def after(self, phase: Phase, layer: int) -> tuple[Event, ...]:
         """At the end of a layer's forward those of the layer before it have been copied and go."""
         if phase != "forward":
-            return []
-        return [Event(-1, buffer) for buffer in self._of(layer - 1)]
+            return ()
+        return tuple(Event(-1, buffer) for buffer in self._of(layer - 1))
 
     @property
     def on_host(self) -> tuple[Buffer, ...]:

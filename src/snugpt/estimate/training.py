@@ -76,6 +76,7 @@ class TrainingStep:
             partial(update, self.net, updating=self.updating) if recipe.steps_in_backward else None
         )
         self.placed: list[Placed] = []
+        self.moves: dict[tuple[Event, ...], Segment] = {}
         self.aliases: dict[Buffer, Buffer] = {self.embedding.result: self.stream}
         for part in self.layers.values():
             self._same_tensor(part.entry, self.stream)
@@ -156,9 +157,16 @@ class TrainingStep:
             if key not in made:
                 events = segment_of((parts or self.trained)[key[0]], key[1])
                 made[key] = Segment(events, self.block_bytes)
-            self._place(phase, layer, self.moved.before(phase, layer))
+            self._place_moved(phase, layer, self.moved.before(phase, layer))
             self.placed.append(Placed(phase, layer, made[key]))
-            self._place(phase, layer, self.moved.after(phase, layer))
+            self._place_moved(phase, layer, self.moved.after(phase, layer))
+
+    def _place_moved(self, phase: Phase, layer: int, events: tuple[Event, ...]) -> None:
+        """Layers of one kind move the same: their segment is made once."""
+        if events:
+            if events not in self.moves:
+                self.moves[events] = Segment(events, self.block_bytes)
+            self.placed.append(Placed(phase, layer, self.moves[events]))
 
     def _moved_layers(self) -> MovedLayers:
         """What `offload = activations` moves of each layer but the last."""

@@ -171,6 +171,8 @@ def _made_again(
 
     A call that needs another's results comes after it. What only a later call reads goes with it.
     """
+    if missing.keys().isdisjoint(read):
+        return []
     calls: list[Call] = []
 
     def need(buffer: Buffer) -> None:
