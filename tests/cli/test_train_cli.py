@@ -220,6 +220,16 @@ def test_what_an_edited_plan_says_of_its_command_is_hinted_only_if_it_is_one(doo
         assert hint == "snugpt plan --depth 12 -o plan-2.json"
 
 
+def test_an_edited_plan_for_several_gpus_is_hinted_as_its_own_question(door: Door) -> None:
+    asked = "plan --gpu rtx-4090 --num-gpus 2 --depth 2 --seq-len 64"
+    assert door(f"{asked} -o plan.json").code == 0
+    file = Path("plan.json")
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"schema": 2}))
+    _, hint = refusal(door("train plan.json"), 2)
+    assert hint == f"snugpt {asked} -o plan-2.json"
+    assert door(hint).code == 0
+
+
 def test_a_plan_that_is_not_there_is_hinted_under_its_name(door: Door) -> None:
     _, hint = refusal(door("train none.json"), 1)
     assert hint == "snugpt plan --depth 12 -o none.json"

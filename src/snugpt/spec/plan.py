@@ -17,7 +17,11 @@ from snugpt.spec.shape import ModelShape
 
 SCHEMA = 1
 _ENUM = re.compile(r"Invalid enum value '(.*)' - at `\$\.(.*)`", re.DOTALL)
-_COMMAND = re.compile(r"snugpt plan( [^\x00-\x1f;&|<>$`\\]*)?")  # one command and no more
+# A plan's own command, for one GPU and for several, and no more than one.
+_COMMAND = re.compile(
+    r"(?:snugpt plan|torchrun --nproc-per-node \d -m snugpt\.cli train)"
+    r"( [^\x00-\x1f;&|<>$`\\]*)?"
+)
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -159,8 +163,9 @@ def decode_plan(raw: bytes, name: str) -> Plan:
 def _again(fields: dict[str, Any], name: str) -> str:
     """The command that makes such a plan anew, in a file beside the one that is not one."""
     command = fields.get("command")
-    known = isinstance(command, str) and _COMMAND.fullmatch(command)
-    return f"{command if known else 'snugpt plan --depth 12'} -o {_beside(name)}"
+    found = _COMMAND.fullmatch(command) if isinstance(command, str) else None
+    flags = " --depth 12" if found is None else found[1] or ""
+    return f"snugpt plan{flags} -o {_beside(name)}"
 
 
 def _beside(name: str) -> str:
