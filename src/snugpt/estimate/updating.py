@@ -89,7 +89,7 @@ def stretches(elements: int, *, whole: bool = False) -> Iterator[slice]:
 
 def row_stretches(rows: int, columns: int, *, whole: bool = False) -> Iterator[slice]:
     """The same by whole rows of a matrix."""
-    each = rows if whole else max(1, STRETCH_ELEMENTS // columns)
+    each = max(1, rows) if whole else max(1, STRETCH_ELEMENTS // columns)
     return (slice(i, min(i + each, rows)) for i in range(0, rows, each))
 
 
