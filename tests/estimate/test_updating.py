@@ -14,7 +14,14 @@ from snugpt.estimate.memory import timeline_of
 from snugpt.estimate.operations import Net, Weight
 from snugpt.estimate.simulation import simulate
 from snugpt.estimate.timeline import Event
-from snugpt.estimate.updating import STRETCH_ELEMENTS, Updating, stored_as, update, update_cost
+from snugpt.estimate.updating import (
+    STRETCH_ELEMENTS,
+    Updating,
+    row_stretches,
+    stored_as,
+    update,
+    update_cost,
+)
 from snugpt.model import muon
 from snugpt.model.adamw import AdamW
 from snugpt.model.muon import Muon
@@ -138,3 +145,8 @@ def test_state_of_a_step_that_updates_in_backward_lies_there_from_the_start():
     timeline = timeline_of(shape, recipe, CARD)
     assert "optimizer" not in {placed.phase for placed in timeline.placed}
     assert simulate(timeline, 1).allocated_bytes >= timeline.read(1)[0].bytes
+
+
+def test_a_rank_that_owns_no_row_of_a_matrix_updates_nothing():
+    assert list(row_stretches(0, 12, whole=True)) == []
+    assert list(row_stretches(0, 12)) == []

@@ -76,7 +76,7 @@ def memory_estimate(
     reserved, allocated = reserved_band(
         timeline, batch, runtime, alive.bytes, expandable=expandable
     )
-    reserved = sharded_band(reserved, recipe)
+    reserved = sharded_band(reserved, recipe, runtime)
     process = process_band(reserved, runtime, outside_bytes(recipe))
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
