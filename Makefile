@@ -8,8 +8,8 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/trained      ## plan for this machine, train on real English, generate, receipt (3 minutes)
 	$(BIN)/snugpt demo
 
-test: check                ## ruff, mypy, pytest
-	$(BIN)/python -m pytest
+test: check                ## ruff, mypy, pytest in two processes, a file of tests to each in turn
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/developed
 	$(BIN)/ruff check src tests bench

@@ -8,12 +8,14 @@ Python of that machine; then `pip install --no-index msgspec-*.whl`). With the w
 the driver is asked to the byte, without it through nvidia-smi or not at all; the record says which.
 
 Sets: `eager` (30 configurations, the most informative first, meant for nine minutes), `compiled`
-(the same, compiled, where the trainer can) and `nanochat` (its own code from `--checkout PATH`;
-`--stack nanochat@2026-03` says which version that is). Each configuration runs in a fresh process,
-and its record is one line, on disk before the next begins. Called again, it does what is missing
-and tries once more what failed; `--minutes` ends it in time. `--snapshots FOLDER` keeps the
-allocator's history of a few. `--only NAME,NAME` picks, `--list` names them, `--dry-run` prints what
-is predicted and runs nothing, `--device cpu` rehearses all of it at toy size on the processor.
+(the same, compiled, where the trainer can), `levers` (each lever the trainer has, by itself and in
+sets: bytes and milliseconds beside those of the plain step) and `nanochat` (its own code from
+`--checkout PATH`; `--stack nanochat@2026-03` says which version that is). Each configuration runs
+in a fresh process, and its record is one line, on disk before the next begins. Called again, it
+does what is missing and tries once more what failed; `--minutes` ends it in time. `--snapshots
+FOLDER` keeps the allocator's history of a few. `--only NAME,NAME` picks, `--list` names them,
+`--dry-run` prints what is predicted and runs nothing, `--device cpu` rehearses all of it at toy
+size on the processor.
 
 A record: set, name, kind, held_out, asked, predicted (and by phase), outcome (fit, oom, failed with
 its reason), measured, environment, and `measurement` as in the ledger. Every third configuration is
@@ -37,6 +39,7 @@ from campaign.boundary import bisect
 from campaign.children import Command, Ended, be_child, run_child, this_script
 from campaign.configurations import Configuration
 from campaign.jobs import Environment, Generation, Job, Peer, Scratch, Training
+from campaign.lever_set import lever_set
 from campaign.measurements import measurement_of
 from campaign.predictions import as_json, gpu_of, phases_of, predict, predicted_boundary
 from campaign.records import Record, append, newest, read, table
@@ -253,6 +256,8 @@ def chosen(asked: argparse.Namespace) -> tuple[Configuration, ...]:
     """The configurations of the set, held-out ones marked, then only those that were named."""
     if asked.set == "nanochat":
         found = known.peer_set(asked.checkout or "CHECKOUT", asked.stack)
+    elif asked.set == "levers":
+        found = lever_set()
     else:
         found = known.EAGER if asked.set == "eager" else known.compiled_set()
     found = known.with_held_out(found)
@@ -269,8 +274,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--set", choices=("eager", "compiled", "nanochat"), default="eager",
-        help="which configurations: run as they are, compiled, or nanochat's own code",
+        "--set", choices=("eager", "compiled", "levers", "nanochat"), default="eager",
+        help="which configurations: as they are, compiled, lever by lever, or nanochat's own code",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="file of records, read first and added to")
     parser.add_argument(

@@ -3,7 +3,7 @@
     python bench/predicted_traced.py --count 5000 --output bench/results/predicted_traced.txt
 
 Requested bytes, phase by phase; the recipes are those of tests/contracts/fuzzed_steps.py, of which
-the suite takes the first 300. The cost is that of d24 with 32 rows of 2048 tokens, in a process of
+the suite takes the first 160. The cost is that of d24 with 32 rows of 2048 tokens, in a process of
 its own, torch's import included.
 """
 

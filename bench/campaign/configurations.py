@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from snugpt.errors import BadQuestionError
 from snugpt.estimate.compiled import why_not_compiled
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.estimate.stacks.nanochat.parameters import shape_of as nanochat_shape
 from snugpt.ledger.predicting import nanochat_recipe
-from snugpt.spec.recipe import GenerationRecipe, Schedule, TrainingRecipe
+from snugpt.spec.recipe import LEVERS, GenerationRecipe, Schedule, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape, shape_for
 from snugpt.units import GIB
@@ -22,6 +24,7 @@ from snugpt.units import GIB
 Kind = Literal["training", "generation", "scratch", "boundary", "peer"]
 SEQ_LEN = 2048
 CHUNK_TOKENS = 1024
+STATED = ("checkpoint", "optimizer")  # levers that `training_recipe` has a default of its own for
 SCHEDULE = Schedule(
     learning_rate=1e-3, matrix_learning_rate=0.02, weight_decay=0.0, warmup_fraction=0.0,
     cooldown_fraction=0.0, final_fraction=1.0, clip_norm=1.0, seed=0, eval_every_steps=1,
@@ -190,7 +193,8 @@ def training_recipe(asked: dict[str, Any], *, batch: int, toy: bool = False) -> 
     """The recipe of a training configuration at a batch; fp32 throughout where it is a toy."""
     length = 64 if toy else asked.get("seq_len", SEQ_LEN)
     accumulation = asked.get("accumulation", 1)
-    levers = {"compile": asked["compile"]} if "compile" in asked else {}
+    levers = {name: asked[name] for name in LEVERS if name in asked and name not in STATED}
+    schedule = msgspec.structs.replace(SCHEDULE, clip_norm=asked.get("clip_norm", 1.0))
     return TrainingRecipe(
         seq_len=length,
         device_batch_size=batch,
@@ -202,7 +206,7 @@ def training_recipe(asked: dict[str, Any], *, batch: int, toy: bool = False) -> 
         loss_chunk_tokens=32 if toy else CHUNK_TOKENS,
         checkpoint=asked.get("checkpoint", "none"),
         optimizer=asked.get("optimizer", "muon"),
-        schedule=SCHEDULE,
+        schedule=schedule,
         **levers,
     )
 

@@ -22,6 +22,16 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def gib_of(need_bytes: float, have_bytes: float) -> str:
+    """Write `24.1 GiB of 23.5 GiB`, with more digits where both would read the same."""
+    need, have = gib(need_bytes), gib(have_bytes)
+    digits = 2
+    while need == have and need_bytes != have_bytes and digits < 10:
+        need, have = (f"{size / GIB:,.{digits}f} GiB" for size in (need_bytes, have_bytes))
+        digits += 1
+    return f"{need} of {have}"
+
+
 def count(number: float) -> str:
     """Write a count with a decimal suffix: 286M, 1.38B."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -54,6 +54,21 @@ def test_one_card_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["sources"] == list(card.sources)
 
 
+def test_links_and_power_are_shown_with_what_was_recalled(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = " ".join(" ".join(_lines(capsys, "a40")).split())
+    assert "PCIe 4.0 x16, 31.51 GB/s to the CPU; NVLink ~56.25 GB/s to other cards" in text
+    assert "300 W" in text
+    superchip = " ".join(_lines(capsys, "gh200"))
+    assert "450 GB/s to the CPU" in superchip
+    assert "PCIe" not in superchip
+    assert "NVLink" not in "".join(_lines(capsys, "4090"))
+    apple = " ".join(_lines(capsys, "m1"))
+    assert "memory shared with the CPU" in apple
+    assert "not known" in apple
+
+
 def test_nothing_found_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["gpus", "--min-memory", "9999"]) == 0
     printed = capsys.readouterr()

@@ -32,11 +32,11 @@ BAD = {
         "--stack nanochat@2026-07 --gpu rtx-4090 --depth 8 --seq-len 512 --compile off",
     "plan --stack nanochat@2026-3 --gpu rtx-4090 --depth 4 --clip-norm 1":
         "--stack nanochat@2026-03 --gpu rtx-4090 --depth 4",
-    "plan --gpu rtx-4090 --depth 9 --fp8": "--gpu rtx-4090 --depth 9",
+    "plan --gpu rtx-3090 --depth 9 --fp8": "--gpu rtx-3090 --depth 9",
     "plan --gpu rtx-4090 --preset 150N --seq-len 512": "--gpu rtx-4090 --preset 150M --seq-len 512",
     "plan --gpu rtx-4090 --depth 4 --fp8 --reserve 100": "--gpu rtx-4090 --depth 4",
     "plan --gpu t4 --depth 4 --compute-dtype bf16 --warmup-fraction 0.8 --seed 7":
-        "--gpu t4 --depth 4 --compute-dtype fp32 --seed 7",
+        "--gpu t4 --depth 4 --compute-dtype fp16 --seed 7",
     "plan --gpu h200 --width 65536 --layers 1024 --device-batch-size 9999999": "--gpu h200",
     "plan --gpu t4 --task generate --depth 4 --seq-len 1": "--task generate --gpu t4 --depth 4",
     "train --depth 2 --compile on --gpu cpu --name mine --num-iterations 3 --input text.txt":

@@ -75,7 +75,7 @@ def test_spellings_of_the_number_of_cards(flag: str, door: Door) -> None:
     ("field", "value", "named"),
     [
         ("fp8", "on", "fp8 = 'on'"),
-        ("launcher", "torchrun", "launcher = 'torchrun'"),
+        ("sharding", "optimizer", "sharding = 'optimizer'"),
         ("stack", "nanochat@2026-07", "stack = 'nanochat@2026-07' runs its own program"),
         ("schedule", None, "schedule"),
     ],
@@ -89,5 +89,5 @@ def test_a_plan_edited_into_another_programs_is_not_trained_here(
     Path("plan.json").write_text(json.dumps(made))
     error, hint = refusal(door("train plan.json"), 2)
     assert named in error
-    assert door(hint).code == 0
     assert not Path("runs").exists()
+    assert door(hint.replace("snugpt train", "snugpt plan")).code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def test_json_holds_the_stable_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert (made["recipe"]["task"], made["stack"]) == ("train", "snugpt")
 
 
+def test_the_error_line_names_the_largest_part_of_the_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "--gpu rtx-4090 --depth 24 --device-batch-size 4 --loss plain --checkpoint none"
+    assert run(["plan", *words.split(), "--offload", "none", "--exact"]) == 3
+    printed = capsys.readouterr()
+    (first,) = re.findall(r"█ (\w+) ([\d.]+)", printed.out)
+    assert first == ("optimizer", "7.78")
+    assert f"largest: {first[0]} {first[1]} GiB\n" in printed.err
+
+
 def test_generation_has_its_own_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = _json(capsys, *D12, "--task", "generate")["recipe"]
     expected = {"task", "batch", "prompt_tokens", "max_new_tokens", "kv_dtype", "weight_dtype"}
@@ -86,7 +98,7 @@ def test_generation_has_its_own_recipe(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_fit_exits_3_with_one_object_and_a_way_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(["plan", "--gpu", "rtx-3060", "--depth", "24", "--json"]) == 3
+    assert run(["plan", "--gpu", "rtx-3060", "--depth", "40", "--json"]) == 3
     printed = capsys.readouterr()
     made = json.loads(printed.out)
     assert made["fits"] is False
@@ -110,7 +122,7 @@ def test_a_plan_is_written_only_when_it_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.json"
-    assert run(["plan", "--gpu", "rtx-3060", "--depth", "24", "-o", str(file)]) == 3
+    assert run(["plan", "--gpu", "rtx-3060", "--depth", "40", "-o", str(file)]) == 3
     assert not file.exists()
     assert run([*D12, "-o", str(file)]) == 0
     assert read_plan(file).fits

@@ -11,7 +11,7 @@ import pytest
 from door import Door, names_under, refusal
 
 D2 = "snugpt plan --gpu rtx-4090 --depth 2"
-NO_FIT = "snugpt plan --gpu rtx-3060 --depth 24"
+NO_FIT = "snugpt plan --gpu rtx-3060 --depth 40"
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -88,6 +88,26 @@ def test_compiled_layers_are_not_traced_and_the_way_out_is_named(door: Door) -> 
     assert "hint: snugpt trace --gpu rtx-4090 --depth 2 --compile off" in done.err
 
 
+@pytest.mark.parametrize(
+    ("lever", "back"),
+    [
+        ("--num-gpus 2 --sharding full", "--num-gpus 2 --seq-len 64 --sharding none"),
+        ("--compile on", "--seq-len 64 --compile off"),
+    ],
+)
+def test_a_plan_that_is_not_traced_hints_its_own_question(
+    door: Door, lever: str, back: str
+) -> None:
+    assert door(f"plan --gpu rtx-4090 --depth 2 --seq-len 64 {lever} -o plan.json").code == 0
+    for line in ("trace plan.json", f"trace --gpu rtx-4090 --depth 2 --seq-len 64 {lever}"):
+        error, hint = refusal(door(line), 2)
+        assert "is not traced" in error
+        assert sorted(hint.split()) == sorted(
+            f"snugpt trace --gpu rtx-4090 --depth 2 {back}".split()
+        )
+        assert door(hint).code == 0
+
+
 def test_a_trace_that_takes_long_says_so_before(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:

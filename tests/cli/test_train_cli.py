@@ -18,6 +18,7 @@ import pytest
 import torch
 from door import SMALL, Done, Door, names_under, refusal
 
+import snugpt.run.train
 from snugpt.cli.main import run
 from snugpt.cli.training_screen import TrainingScreen, receipt_lines
 from snugpt.ledger.store import read_all
@@ -122,6 +123,28 @@ def test_the_receipt_prints_predicted_over_measured(door: Door) -> None:
     assert 0.999 <= measurement.ratios["allocated"] <= 1.001
 
 
+def test_the_receipt_tells_of_steps_that_ran_out_of_memory(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, tries = snugpt.run.train.take_step, []
+
+    def full_twice(*arguments):
+        tries.append(None)
+        if len(tries) in (2, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return take_step(*arguments)
+
+    line = TRAIN + " --device-batch-size 4 --save-every 1"
+    with monkeypatch.context() as full:
+        full.setattr("snugpt.run.train.take_step", full_twice)
+        done = door(line)
+    assert done.code == 0
+    told = "2 retries after out of memory: device_batch_size 4 -> 1"
+    assert done.out.splitlines()[-1] == told
+    assert door(line).out.splitlines()[-1] == told  # of the run that has ended, too
+    assert "after out of memory" not in door(f"{line} --name other").out
+
+
 def test_a_plan_and_flags_together_are_refused(door: Door) -> None:
     error, hint = refusal(door(f"train {plan_file(door)} --learning-rate 0.1"), 2)
     assert "learning_rate" in error
@@ -142,14 +165,17 @@ EDITS: list[tuple[str, Any, str]] = [
     ("recipe.schedule.learning_rate", -1.0, "learning_rate = -1.0"),
     ("recipe.schedule.warmup_fraction", 2.0, "warmup_fraction = 2.0"),
     ("recipe.schedule.eval_every_steps", 0, "eval_every_steps = 0"),
-    ("recipe.optimizer", "sgd", "$.recipe.optimizer"),
+    ("recipe.optimizer", "sgd", "recipe.optimizer = 'sgd' is not allowed: muon, adamw"),
+    ("recipe.state_dtype", "int4", "recipe.state_dtype = 'int4' is not allowed: fp32, bf16, int8"),
+    ("recipe.selective_steps", ["all"], "'all' is not allowed: pointwise, qkv, up"),
+    ("recipe.schedule.clip_norm", 1001.0, "clip_norm = 1001.0 is not allowed: 0 to 1000"),
     ("recipe.optimiser", "muon", "optimiser"),
     ("recipe.world_size", 2, "x 2 = 256"),
     ("shape.model_dim", 33, "model_dim = 33"),
     ("shape.num_layers", 0, "num_layers = 0"),
     ("shape.context_len", 16, "context"),
     ("shape.dropout", 1.5, "dropout = 1.5"),
-    ("gpu.backend", "tpu", "$.gpu.backend"),
+    ("gpu.backend", "tpu", "gpu.backend = 'tpu' is not allowed: cuda, "),
     ("memory", {}, "$.memory"),
     ("recipe", None, "recipe"),
 ]
@@ -167,11 +193,46 @@ def test_a_plan_with_a_field_that_can_not_be_is_refused(
         inner = inner[name]
     inner[last] = value
     file.write_text(json.dumps(plan))
+    written = file.read_bytes()
     error, hint = refusal(door(f"train {file}"), 2)
     assert named in error
     assert error.count("plan.json") == 1
-    assert door(hint).code in (0, 3)
+    command = plan["command"] if value == value else "snugpt plan --depth 12"  # NaN is no JSON
+    assert hint == f"{command} -o plan-2.json"
+    assert door(hint).code == 0
+    assert file.read_bytes() == written  # what the user wrote is not overwritten
+    assert Path("plan-2.json").exists()
     assert not Path("runs").exists()
+
+
+def test_what_an_edited_plan_says_of_its_command_is_hinted_only_if_it_is_one(door: Door) -> None:
+    file = plan_file(door)
+    plan = json.loads(file.read_bytes()) | {"schema": 2}
+    for command in (
+        "rm -r runs",
+        "snugpt plan --depth 2; ls",
+        "snugpt plan\nls",
+        "snugpt trace",
+        3,
+    ):
+        file.write_text(json.dumps(plan | {"command": command}))
+        _, hint = refusal(door(f"train {file}"), 2)
+        assert hint == "snugpt plan --depth 12 -o plan-2.json"
+
+
+def test_an_edited_plan_for_several_gpus_is_hinted_as_its_own_question(door: Door) -> None:
+    asked = "plan --gpu rtx-4090 --num-gpus 2 --depth 2 --seq-len 64"
+    assert door(f"{asked} -o plan.json").code == 0
+    file = Path("plan.json")
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"schema": 2}))
+    _, hint = refusal(door("train plan.json"), 2)
+    assert hint == f"snugpt {asked} -o plan-2.json"
+    assert door(hint).code == 0
+
+
+def test_a_plan_that_is_not_there_is_hinted_under_its_name(door: Door) -> None:
+    _, hint = refusal(door("train none.json"), 1)
+    assert hint == "snugpt plan --depth 12 -o none.json"
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
@@ -264,8 +325,63 @@ def test_another_run_of_that_name_is_refused_and_kept(door: Door) -> None:
     door(TRAIN)
     before = {name: Path("runs/small", name).read_bytes() for name in WHOLE_RUN}
     error, _ = refusal(door(TRAIN.replace("--num-iterations 3", "--num-iterations 4")), 1)
-    assert "another recipe" in error
+    assert "another recipe: total_tokens 384 there, 512 here" in error
     assert {name: Path("runs/small", name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--state-dtype bf16", "recipe: state_dtype fp32 there, bf16 here"),
+        ("--seed 7", "recipe: seed 1337 there, 7 here"),
+        (
+            "--optimizer adamw --learning-rate 0.5 --state-dtype bf16",
+            "recipe: optimizer muon there, adamw here; state_dtype fp32 there, bf16 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        (
+            "--total-batch-tokens 256 --learning-rate 0.5",
+            "recipe: total_batch_tokens 128 there, 256 here; total_tokens 384 there, 768 here;"
+            " learning_rate 0.0017320508075688772 there, 0.5 here",
+        ),
+        ("--layers 2", "shape: num_layers 1 there, 2 here"),
+    ],
+)
+def test_a_run_of_that_name_with_another_lever_says_which(
+    door: Door, monkeypatch: pytest.MonkeyPatch, more: str, named: str
+) -> None:
+    door(TRAIN)
+    line = f"{TRAIN} {more}"
+    monkeypatch.setattr("sys.argv", ["snugpt", *line.split()])
+    error, hint = refusal(door(line), 1)
+    assert error == f"runs/small holds a run with another {named}"
+    assert hint.count("--name") == 1
+    assert hint.endswith(f" {more} --name small-2")
+    assert door(hint).code == 0
+
+
+def test_out_of_memory_says_so_in_two_lines_and_the_command_it_hints_goes_on(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step, taken = snugpt.run.train.take_step, []
+
+    def full_from_the_third(*arguments):
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        taken.append(take_step(*arguments))
+        return taken[-1]
+
+    with monkeypatch.context() as full:
+        full.setattr("snugpt.run.train.take_step", full_from_the_third)
+        done = door(TRAIN.replace("--num-iterations 3", "--num-iterations 6"))
+    error, hint = refusal(done, 3)
+    assert "step 2 is saved and verified" in error
+    assert len([text for text in done.err.splitlines() if "taken again" in text]) == 2
+    assert hint.startswith("snugpt train ")
+    resumed = door(hint)
+    assert resumed.code == 0, resumed.err
+    assert "resumed after step 2" in resumed.err
+    assert Path("runs/small/checkpoints/step-00000006").is_dir()
 
 
 def _interrupted(line: str, number: signal.Signals) -> Done:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
+from msgspec.structs import replace
 from recorder import SCHEDULE
 
-from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
+from snugpt.estimate.levers import why_not
+from snugpt.spec.recipe import SELECTIVE_STEPS, GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
+FP8_SHARE = 0.7  # of those recipes whose products can be taken in it
 MOST_CHUNKS = 12  # each is a dozen operations to trace
 MOST_WEIGHTS = 131_072 * 512
 RUNTIMES: tuple[tuple[str, Runtime], ...] = (
     ("bf16", Runtime(device="cuda", attention="flash", capability=(9, 0))),
     ("bf16", Runtime(device="cuda", attention="flash", capability=(8, 6))),
-    ("bf16", Runtime(device="cuda", attention="efficient", capability=(7, 5))),
+    ("fp16", Runtime(device="cuda", attention="efficient", capability=(7, 5))),
     ("fp32", Runtime(device="cuda", attention="efficient", capability=(6, 1))),
     ("fp32", Runtime(device="cpu", attention="cpu", num_threads=3)),
 )
@@ -33,7 +37,13 @@ def fuzzed(seed: int) -> Fuzzed:
     if generates:
         new = draw.randint(1, max(1, shape.context_len // 2))
         return shape, generation(draw, shape, new, dtype), runtime
-    return shape, training(draw, shape, dtype), runtime
+    recipe = training(draw, shape, dtype, runtime)
+    while (objection := why_not(shape, recipe, runtime)) is not None:
+        recipe = replace(recipe, **{objection.lever: objection.instead})
+    fp8 = replace(recipe, fp8="on")
+    if draw.random() < FP8_SHARE and why_not(shape, fp8, runtime) is None:
+        recipe = fp8
+    return shape, recipe, runtime
 
 
 def random_shape(draw: random.Random, *, drops: bool) -> ModelShape:
@@ -59,12 +69,24 @@ def random_shape(draw: random.Random, *, drops: bool) -> ModelShape:
     )
 
 
-def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingRecipe:
+def sets_of_steps(style: str, attention: str = "cpu") -> list[tuple[str, ...]]:
+    """Every set of steps of `checkpoint = selective` that is not refused."""
+    refused = {"pointwise"} if style == "nanochat" else set()
+    refused |= {"qkv"} if attention == "math" else set()
+    steps = [step for step in SELECTIVE_STEPS if step not in refused]
+    return [chosen for n in range(1, 4) for chosen in combinations(steps, n)]
+
+
+def training(
+    draw: random.Random, shape: ModelShape, dtype: str, runtime: Runtime
+) -> TrainingRecipe:
     T = draw.choice([shape.context_len, max(1, shape.context_len // 2), 129])
     T = min(T, shape.context_len)
     batch, accumulation = draw.choice([1, 2, 3, 8, 17, 64]), draw.choice([1, 2, 2, 3])
     chunk = draw.choice([1, 100, 1024, 8192])
     chunk = max(chunk, batch * T // MOST_CHUNKS)
+    checkpoint = draw.choice(["none", "selective", "blocks"])
+    steps = draw.choice(sets_of_steps(shape.style, runtime.attention))
     return TrainingRecipe(
         seq_len=T,
         device_batch_size=batch,
@@ -74,9 +96,13 @@ def training(draw: random.Random, shape: ModelShape, dtype: str) -> TrainingReci
         compute_dtype=dtype,
         loss=draw.choice(["chunked", "plain"]),
         loss_chunk_tokens=chunk,
-        checkpoint=draw.choice(["none", "blocks"]),
+        checkpoint=checkpoint,
+        selective_steps=steps if checkpoint == "selective" else (),
         optimizer=draw.choice(["muon", "adamw"]),
-        schedule=SCHEDULE,
+        state_dtype=draw.choice(["fp32", "bf16", "int8"]),
+        weight_dtype=draw.choice(["master", "master", "bf16"]),
+        schedule=replace(SCHEDULE, clip_norm=draw.choice([1.0, 0.0])),
+        offload=draw.choice(["none", "none", "optimizer", "activations"]),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from msgspec.structs import replace
 
 from snugpt.model.build import build_for_training
 from snugpt.model.optimizers import optimizers_for
@@ -35,9 +36,12 @@ def recipe_for(
     accumulation: int = 1,
     optimizer: str = "muon",
     checkpoint: str = "none",
+    steps: tuple[str, ...] = (),
     loss: str = "chunked",
     chunk: int = 64,
     dtype: str = "fp32",
+    clip_norm: float = 1.0,
+    **levers: str,
 ) -> TrainingRecipe:
     T = shape.context_len if seq_len is None else seq_len
     return TrainingRecipe(
@@ -50,8 +54,10 @@ def recipe_for(
         loss=loss,
         loss_chunk_tokens=chunk,
         checkpoint=checkpoint,
+        selective_steps=steps,
         optimizer=optimizer,
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=clip_norm),
+        **levers,
     )
 
 

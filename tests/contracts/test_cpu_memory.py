@@ -10,8 +10,10 @@ from itertools import product
 
 import pytest
 import torch
+from fuzzed_steps import sets_of_steps
 from recorder import cpu_runtime, measured_phases, recipe_for
 
+from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.training import TrainingStep
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
 
@@ -84,6 +86,14 @@ def test_dropout_is_predicted_with_its_masks_and_random_states(optimizer, checkp
     assert_to_the_byte(compare(shape, batch=2, **levers))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_made_again_is_predicted(style):
+    for steps in sets_of_steps(style):
+        for depth in (1, 3):
+            shape = small(style, depth=depth)
+            assert_to_the_byte(compare(shape, batch=2, checkpoint="selective", steps=steps))
+
+
 @pytest.mark.parametrize("vocab", [512, 8192])
 @pytest.mark.parametrize("style", STYLES)
 def test_plain_loss_holds_all_logits_at_once(style, vocab):
@@ -92,6 +102,14 @@ def test_plain_loss_holds_all_logits_at_once(style, vocab):
     assert_to_the_byte(plain)
     logits_bytes = 2 * shape.context_len * vocab * 4
     assert plain["loss"][1] > logits_bytes
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_predicted(style, checkpoint):
+    fp8 = compare(small(style), batch=2, fp8="on", checkpoint=checkpoint)
+    assert_to_the_byte(fp8)
+    assert fp8["backward"] > compare(small(style), batch=2, checkpoint=checkpoint)["backward"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -138,6 +156,22 @@ def test_any_number_of_layers_is_predicted(style, checkpoint, depth):
 def test_embeddings_tied_or_not_are_predicted(style, accumulation):
     tied = style != "gpt2"  # the other way than the style's own
     assert_to_the_byte(compare(small(style, tie=tied), batch=2, accumulation=accumulation))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients_that_go_to_the_optimizer_in_backward_are_predicted(style, optimizer):
+    shape, asked = small(style, vocab_size=4096), {"batch": 1, "seq_len": 32}
+    together = compare(shape, optimizer=optimizer, **asked)
+    each = compare(shape, optimizer=optimizer, clip_norm=0.0, **asked)
+    assert_to_the_byte(each)
+    assert each.keys() == together.keys() - {"clip", "optimizer"}
+    accumulated = compare(shape, optimizer=optimizer, clip_norm=0.0, accumulation=2, **asked)
+    assert_to_the_byte(accumulated)
+    assert accumulated.keys() == together.keys() - {"clip"}
+    # What remains of all gradients is the largest, with the head's, which is made first.
+    saved = max(n for _, n in together.values()) - max(n for _, n in each.values())
+    assert saved > 0.25 * 4 * num_parameters(shape)
 
 
 @pytest.mark.parametrize("style", STYLES)

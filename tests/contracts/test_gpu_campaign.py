@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import gpu_memory
-from campaign import configurations, records
+from campaign import configurations, lever_set, records
 from campaign.boundary import bisect
 from campaign.children import OUR_PATH, run_child, this_script
 from campaign.jobs import Environment, Job, Training, encode
+from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.ledger.own_records import Boundary
+from snugpt.planner.pulled import PULLED
 from snugpt.spec.measurement import measurement_from_json
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
@@ -284,6 +286,17 @@ def test_every_configuration_can_be_asked(toy: bool) -> None:
             assert recipe.seq_len == shape.context_len
 
 
+def test_the_set_of_levers_has_every_lever_of_the_trainer_that_the_card_has() -> None:
+    found = lever_set.lever_set()
+    assert len({c.name for c in found}) == len(found)
+    recipes = [configurations.training_recipe(c.asked, batch=8) for c in found]
+    assert len(set(recipes)) == len(recipes)
+    for lever in PULLED:
+        assert {getattr(recipe, lever) for recipe in recipes} >= set(SNUGPT.levers[lever]), lever
+    for c in found:
+        assert configurations.training_recipe(c.asked, batch=2, toy=True).seq_len == 64
+
+
 def test_the_parent_predicts_without_torch() -> None:
     code = (
         "import sys, gpu_memory\n"
@@ -336,7 +349,7 @@ def test_every_option_of_the_campaign_says_what_it_does(capsys: pytest.CaptureFi
         gpu_memory.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for option, words in {
-        "--set {eager,compiled,nanochat}": "which configurations",
+        "--set {eager,compiled,levers,nanochat}": "which configurations",
         "--minutes MINUTES": "how long this call may take",
         "--device {cuda,cpu}": "cuda measures; cpu rehearses",
     }.items():

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from fuzzed_steps import sets_of_steps
 from recorder import cpu_runtime, recipe_for
 
 from snugpt.model.build import build_for_training
@@ -73,6 +74,18 @@ def test_a_trace_is_what_the_allocator_sees(style, levers):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_made_again_is_traced(style):
+    for steps in sets_of_steps(style):
+        assert_same_events(small(style), checkpoint="selective", steps=steps)
+
+
+@pytest.mark.parametrize("steps", [("pointwise",), ("up",), ("pointwise", "up")])
+def test_dropout_is_drawn_once_whatever_is_made_again(steps):
+    shape = small("gpt2", dropout=0.1)
+    assert_same_events(shape, checkpoint="selective", steps=steps, accumulation=2)
+
+
 @pytest.mark.parametrize("checkpoint", ["none", "blocks"])
 def test_dropout_is_traced_with_its_random_states(checkpoint):
     assert_same_events(small("gpt2", dropout=0.1), checkpoint=checkpoint, accumulation=2)
@@ -83,6 +96,21 @@ def test_dropout_is_traced_with_its_random_states(checkpoint):
 @pytest.mark.parametrize("style", STYLES)
 def test_heads_and_ties_are_traced(style, kv_heads, tie):
     assert_same_events(small(style, kv_heads=kv_heads, tie=tie))
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("style", STYLES)
+def test_updates_in_backward_are_traced(style, tie, checkpoint):
+    optimizer = "adamw" if tie else "muon"
+    shape = small(style, tie=tie)
+    assert_same_events(shape, optimizer=optimizer, checkpoint=checkpoint, clip_norm=0.0)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+@pytest.mark.parametrize("style", STYLES)
+def test_products_in_fp8_are_traced(style, checkpoint):
+    assert_same_events(small(style), fp8="on", checkpoint=checkpoint, accumulation=2)
 
 
 def test_windows_are_traced():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from snugpt.cli.main import run
+from snugpt.estimate.stacks.catalogue import SNUGPT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,3 +74,21 @@ def test_the_first_screen_says_what_it_is_for_and_how_to_begin() -> None:
     first_screen = "\n".join(README.splitlines()[:24])
     for needed in ("fits your GPU", "make demo", "make test", "snugpt plan"):
         assert needed in first_screen
+
+
+def test_what_the_trainer_can_do_is_not_said_to_be_missing() -> None:
+    said = " ".join(README.split())
+    (missing,) = re.findall(r"Not here yet: (.*?)\.", said)
+    assert SNUGPT.most_gpus > 1
+    assert "on" in SNUGPT.levers["fp8"]
+    for there, flag in (("GPUs", "`--num-gpus 2` to `8`"), ("FP8", "`--fp8` multiplies")):
+        assert there not in missing
+        assert flag in said
+    assert "on one device" not in said
+
+
+def test_full_sharding_is_excepted_from_what_is_exact_and_traced() -> None:
+    said = " ".join(README.split())
+    assert "`--sharding full` is the exception" in said
+    assert "its receipt is a band" in said
+    assert said.count("`--compile on` and `--sharding full`") == 2  # of the trace, and of all of it

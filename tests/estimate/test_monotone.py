@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from training_questions import RUNTIMES, question
 
+from snugpt.estimate.levers import why_not
+from snugpt.estimate.making_again import selective_sets
 from snugpt.estimate.training import CPU_RANDOM_STATE_BYTES, TrainingStep
-from snugpt.spec.shape import STYLES
+from snugpt.spec.shape import STYLES, shape_for
 
 NUM_QUESTIONS = 700  # for each of batch, seq_len and depth
 
 
-def random_questions(seed: int) -> Iterator[tuple[dict[str, Any], int]]:
+def random_questions(seed: int, count: int = NUM_QUESTIONS) -> Iterator[tuple[dict[str, Any], int]]:
     draw = random.Random(seed)
-    for _ in range(NUM_QUESTIONS):
+    for _ in range(count):
         style, runtime = draw.choice(STYLES), draw.choice(sorted(RUNTIMES))
         drops = style == "gpt2" and runtime != "cpu" and draw.random() < 0.5
         asked = {
@@ -60,3 +62,34 @@ def test_checkpointed_blocks_need_no_more_but_for_the_random_states_of_dropout()
         states = CPU_RANDOM_STATE_BYTES * (deep["depth"] + 1) if deep["dropout"] else 0
         blocks = requested_bytes(deep | {"checkpoint": "blocks"}, batch)
         assert blocks <= none + states, (deep, batch)
+
+
+def selective(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The question with each set of steps that its device has, cheapest first."""
+    for steps in selective_sets(shape_for(asked["style"], 2)):
+        levers = asked | {"checkpoint": "selective", "selective_steps": steps}
+        if why_not(*question(levers)) is None:
+            yield levers
+
+
+def test_making_tensors_again_needs_no_more():
+    for asked, batch in random_questions(6, 150):
+        deep = asked | {"depth": asked["depth"] + 1}
+        none = requested_bytes(deep | {"checkpoint": "none"}, batch)
+        for levers in selective(deep):
+            assert requested_bytes(levers, batch) <= none, (levers, batch)
+
+
+def test_evaluation_never_needs_more_than_training():
+    draw = random.Random(7)
+    for asked, batch in random_questions(7, 250):
+        chosen = draw.choice([asked, *selective(asked)])
+        compiled = asked | {"checkpoint": "none", "compile": "on"}
+        for each in (chosen, compiled):
+            hands_on_early = each | {"accumulation": 1, "clip_norm": 0.0}
+            for levers in (each, hands_on_early):
+                shape, recipe, runtime = question(levers, batch)
+                if why_not(shape, recipe, runtime) is None:
+                    _, phases = TrainingStep(shape, recipe, runtime).timeline().read(batch)
+                    evaluate = phases.pop("evaluate")
+                    assert evaluate <= max(phases.values()), (levers, batch)

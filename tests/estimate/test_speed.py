@@ -117,3 +117,15 @@ def test_a_large_step_takes_the_time_of_its_arithmetic() -> None:
     )
     arithmetic_s = executed_flops_per_token(shape, large) * large.total_batch_tokens / 4e13
     assert arithmetic_s < step_time_s(shape, large, CARD, 4e13) < 1.05 * arithmetic_s
+
+
+@pytest.mark.parametrize(("depth", "tokens", "pays"), [(4, 256, False), (12, 65536, True)])
+@pytest.mark.parametrize("style", ["nanochat", "llama"])
+def test_fp8_pays_where_products_are_large_and_never_more_than_was_published(
+    style: str, depth: int, tokens: int, pays: bool
+) -> None:
+    shape, recipe, _ = question({"style": style, "depth": depth, "seq_len": 256}, tokens // 256)
+    low = msgspec.structs.replace(recipe, fp8="on")
+    times = [speed_estimate(shape, each, CARD).step_s for each in (recipe, low)]
+    assert (times[1] < times[0]) is pays
+    assert times[0] < 1.17 * times[1]

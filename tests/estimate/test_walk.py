@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from snugpt.estimate.operations import Buffer, Operation, Weight
+from snugpt.estimate.operations import Buffer, Call, Operation, Weight
 from snugpt.estimate.timeline import Event
 from snugpt.estimate.walk import Walk, forward, recompute, sequence
 
@@ -178,3 +178,45 @@ def test_a_parameter_used_twice_waits_for_both_gradients():
 def test_recomputing_stops_behind_the_last_call_that_keeps_something():
     operations = [call(X, Y, keeps=(X,)), call(Y, Z, keeps=(Y,)), call(Z, OUT)]
     assert written(recompute(operations, X)) == "+y +z -z"
+
+
+def kept_chain() -> list[Operation]:
+    """x -> y -> z -> o, of which y and z are kept."""
+    return [call(X, Y), call(Y, Z, keeps=(Y, Z)), call(Z, OUT, keeps=(Z,))]
+
+
+def test_what_is_made_again_is_freed_by_forward_like_what_nobody_keeps():
+    operations = kept_chain()
+    again = [Call((operations[1],), (Z,))]
+    assert written(forward(operations, X, keep=True)) == "+y -x +z +o"
+    assert written(forward(operations, X, keep=True, made_again=again)) == "+y -x +z +o -z"
+
+
+def test_backward_makes_it_again_where_it_is_first_read_and_frees_it_as_if_it_had_been_kept():
+    operations = kept_chain()
+    plain, _ = Walk().backward(operations, X, DOUT)
+    again, _ = Walk().backward(operations, X, DOUT, made_again=[Call((operations[1],), (Z,))])
+    assert written(plain) == "+dz -do +dy -dz -y -z +dx -dy"
+    assert written(again) == "+z " + written(plain)
+
+
+def test_a_call_whose_input_is_missing_comes_after_the_call_that_makes_it():
+    operations = kept_chain()
+    calls = [Call((operations[0],), (Y,)), Call((operations[1],), (Z,))]
+    events, _ = Walk().backward(operations, X, DOUT, made_again=calls)
+    assert written(events).startswith("+y +z +dz -do")
+
+
+def test_what_only_a_later_call_reads_goes_with_it():
+    operations = [call(X, Y), call(Y, Z), call(Z, OUT, keeps=(Z,))]
+    calls = [Call((operations[0],), (Y,)), Call((operations[1],), (Z,))]
+    events, _ = Walk().backward(operations, X, DOUT, made_again=calls)
+    assert written(events).startswith("+y +z -y +dz -do -z")
+
+
+def test_statistics_of_what_is_made_again_are_made_and_go():
+    statistics = tensor("s")
+    norm = call(X, Y, forward=(statistics, Y), keeps=(Y, statistics))
+    operations = [norm, call(Y, OUT, keeps=(Y,))]
+    events, _ = Walk().backward(operations, X, DOUT, made_again=[Call((norm,), (Y,))])
+    assert written(events).startswith("+s +y -s +dy -do")

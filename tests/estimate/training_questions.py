@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from snugpt.estimate.making_again import selective_sets
 from snugpt.spec.recipe import Schedule, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import STYLES, ModelShape, shape_for
@@ -28,7 +30,7 @@ RUNTIMES = {
     "cpu": (Runtime(device="cpu", attention="cpu", num_threads=3), "fp32"),
     "math": (Runtime(device="cpu", attention="math", num_threads=3), "fp32"),
     "flash": (Runtime(device="cuda", attention="flash", capability=(9, 0)), "bf16"),
-    "efficient": (Runtime(device="cuda", attention="efficient", capability=(7, 5)), "bf16"),
+    "efficient": (Runtime(device="cuda", attention="efficient", capability=(7, 5)), "fp16"),
     "efficient fp32": (Runtime(device="cuda", attention="efficient", capability=(6, 1)), "fp32"),
 }
 
@@ -38,7 +40,12 @@ def levers(draw, lengths: Sequence[int] = (64, 100, 256, 777, 1024)) -> dict[str
     style = draw(st.sampled_from(STYLES))
     runtime = draw(st.sampled_from(sorted(RUNTIMES)))
     drops = style == "gpt2" and runtime != "cpu" and draw(st.booleans())
-    compiles = runtime == "flash" and not drops
+    compiles = runtime == "flash" and not drops and draw(st.booleans())
+    checkpoint = draw(st.sampled_from(["none", *([] if compiles else ["selective"]), "blocks"]))
+    steps: tuple[str, ...] = ()
+    if checkpoint == "selective":
+        sets = selective_sets(shape_for(style, 2))
+        steps = draw(st.sampled_from([s for s in sets if runtime != "math" or "qkv" not in s]))
     return {
         "style": style,
         "depth": draw(st.integers(1, 12)),
@@ -48,10 +55,11 @@ def levers(draw, lengths: Sequence[int] = (64, 100, 256, 777, 1024)) -> dict[str
         "dropout": 0.1 if drops else 0.0,
         "runtime": runtime,
         "optimizer": draw(st.sampled_from(["muon", "adamw"])),
-        "checkpoint": draw(st.sampled_from(["none", "blocks"])),
+        "checkpoint": checkpoint,
+        "selective_steps": steps,
         "loss": draw(st.sampled_from(["chunked", "plain"])),
         "accumulation": draw(st.sampled_from([1, 2, 8])),
-        "compile": draw(st.sampled_from(["off", "on"])) if compiles else "off",
+        "compile": "on" if compiles else "off",
     }
 
 
@@ -78,8 +86,9 @@ def question(asked: dict[str, Any], batch: int = 1) -> tuple[ModelShape, Trainin
         loss=asked.get("loss", "chunked"),
         loss_chunk_tokens=min(T, asked.get("chunk", 64)),
         checkpoint=asked.get("checkpoint", "none"),
+        selective_steps=asked.get("selective_steps", ()),
         compile=asked.get("compile", "off"),
         optimizer=asked.get("optimizer", "muon"),
-        schedule=SCHEDULE,
+        schedule=replace(SCHEDULE, clip_norm=asked.get("clip_norm", 1.0)),
     )
     return shape, recipe, runtime

@@ -48,6 +48,9 @@ def small_recipe(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     chunk: int = 50,
+    clip_norm: float = 1.0,
+    checkpoint: str = "none",
+    **levers: str,
 ) -> TrainingRecipe:
     schedule = Schedule(
         learning_rate=learning_rate,
@@ -56,7 +59,7 @@ def small_recipe(
         warmup_fraction=0.0,
         cooldown_fraction=0.0,
         final_fraction=0.0,
-        clip_norm=1.0,
+        clip_norm=clip_norm,
         seed=0,
         eval_every_steps=1,
         eval_tokens=1,
@@ -72,7 +75,8 @@ def small_recipe(
         compute_dtype="fp32",
         loss="chunked",
         loss_chunk_tokens=chunk,
-        checkpoint="none",
+        checkpoint=checkpoint,
         optimizer=optimizer,
         schedule=schedule,
+        **levers,
     )

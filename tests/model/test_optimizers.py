@@ -8,7 +8,8 @@ from small_model import random_batch, small_model, small_recipe, small_shape
 from torch import Tensor
 
 from snugpt.model.build import group_of
-from snugpt.model.optimizers import Muon, optimizers_for, orthogonalised
+from snugpt.model.muon import Muon, orthogonalised
+from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step
 from snugpt.spec.shape import STYLES
 

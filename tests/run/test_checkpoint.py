@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_training import TinyTraining, assert_same, exit_code_of, fork
 
 from snugpt.errors import BadQuestionError, FailedError
+from snugpt.model.adamw import AdamW
 from snugpt.model.build import build_for_generation
 from snugpt.run.checkpoint import (
     load_newest,
@@ -250,7 +251,7 @@ def test_checkpoint_of_another_model_is_refused_and_changes_nothing(
 def test_state_of_another_optimizer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     saved(tmp_path, TinyTraining().take(1))
     training = TinyTraining(seed=9)
-    training.optimizers = [torch.optim.AdamW(training.model.parameters(), fused=True)]
+    training.optimizers = [AdamW(training.model.parameters())]
     before = {name: tensor.clone() for name, tensor in training.tensors().items()}
     with pytest.raises(FailedError, match=r"holds muon/.*momentum.*no optimizer"):
         restored(tmp_path, training)

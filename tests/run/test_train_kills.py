@@ -20,6 +20,7 @@ import snugpt.data.prepare
 import snugpt.run.evaluate
 import snugpt.run.saving
 import snugpt.run.train
+from snugpt.model.adamw import AdamW
 from snugpt.model.gpt import GPT
 from snugpt.run.run_folder import RunFolder
 
@@ -41,7 +42,7 @@ MOMENTS: tuple[tuple[Any, str, int, str], ...] = (
     (RunFolder, "log", 2, "after"),
     (snugpt.run.saving, "save_checkpoint", 1, "after"),  # step 4
     (torch.nn.utils, "clip_grad_norm_", 2, "after"),
-    (torch.optim.AdamW, "step", 2, "before"),
+    (AdamW, "step", 2, "before"),
     (snugpt.run.saving, "save_checkpoint", 2, "after"),  # steps 6 and 8
     (snugpt.run.train, "restore", 1, "after"),
     (snugpt.run.train, "bits_per_byte", 2, "after"),

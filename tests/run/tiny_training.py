@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
-from snugpt.model.build import build
+from snugpt.model.build import build_for_training
 from snugpt.model.gpt import GPT
 from snugpt.model.optimizers import optimizers_for
 from snugpt.model.step import step
@@ -26,14 +27,18 @@ FAILED_CHILD = 70
 class TinyTraining:
     """Model, optimizers and batches; `take(n)` trains n steps."""
 
-    def __init__(self, style: Style = "nanochat", *, width: int = 32, seed: int = 1) -> None:
+    def __init__(
+        self, style: Style = "nanochat", *, width: int = 32, seed: int = 1, **levers: str
+    ) -> None:
         dropout = 0.2 if style == "gpt2" else 0.0  # draws from the random state
         self.shape: ModelShape = shape_for(
             style, 2, width=width, heads=2, context_len=CONTEXT, vocab_size=VOCAB, dropout=dropout
         )
         attention = "math" if dropout else "cpu"
-        self.recipe = tiny_recipe("adamw" if style == "gpt2" else "muon")
-        self.model: GPT = build(self.shape, Runtime(device="cpu", attention=attention), seed=seed)
+        recipe = tiny_recipe("adamw" if style == "gpt2" else "muon")
+        self.recipe = msgspec.structs.replace(recipe, **levers)
+        runtime = Runtime(device="cpu", attention=attention)
+        self.model: GPT = build_for_training(self.shape, self.recipe, runtime, seed=seed)
         self.optimizers = optimizers_for(self.model, self.recipe)
         self.steps = 0
 

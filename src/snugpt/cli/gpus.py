@@ -86,7 +86,7 @@ def _print_table(found: list[Gpu]) -> None:
     if not found:
         click.echo("no card matches\nhint: snugpt gpus", err=True)
         return
-    head = f"{'card':<16}{'GiB':>7}{'GB/s':>8}{'cap':>6}"
+    head = f"{'card':<20}{'GiB':>6}{'GB/s':>7}{'cap':>6}"
     click.echo(head + "".join(f"{name:>8}" for name in RATES), color=colour())
     for gpu in found:
         flops = RECALLED if "flops" in gpu.recalled else ""
@@ -96,7 +96,7 @@ def _print_table(found: list[Gpu]) -> None:
         per_s = f"{gpu.bandwidth_bytes_per_s / 1e9:.0f}"
         bandwidth = _figure(gpu, "bandwidth_bytes_per_s", per_s)
         version = _figure(gpu, "capability", _version(gpu))
-        line = f"{gpu.id:<16}{usable:>7}{bandwidth:>8}{version:>6}"
+        line = f"{gpu.id:<20}{usable:>6}{bandwidth:>7}{version:>6}"
         click.echo(line + "".join(f"{cell:>8}" for cell in cells), color=colour())
     click.echo(
         f"GiB a process can have; rates in TFLOP/s; {RECALLED} recalled, not read from a source."
@@ -116,6 +116,23 @@ def _version(gpu: Gpu) -> str:
     return ".".join(map(str, gpu.capability)) if gpu.capability else "-"
 
 
+def _links(gpu: Gpu) -> str:
+    """What the links carry in one direction: to the CPU, to other cards."""
+    if gpu.unified:
+        return "memory shared with the CPU"
+    host = gpu.host_link_bytes_per_s
+    bus = "PCIe {}.0 x{}, ".format(*gpu.pcie) if gpu.pcie else ""
+    parts = [bus + _per_s(gpu, "host_link_bytes_per_s", host) + " to the CPU"]
+    if gpu.peer_link_bytes_per_s:
+        peer = _per_s(gpu, "peer_link_bytes_per_s", gpu.peer_link_bytes_per_s)
+        parts.append(f"NVLink {peer} to other cards")
+    return "; ".join(parts) + "; each way"
+
+
+def _per_s(gpu: Gpu, field: str, rate: float | None) -> str:
+    return _figure(gpu, field, f"{rate / 1e9:.4g} GB/s") if rate else "unknown"
+
+
 def _print_card(gpu: Gpu) -> None:
     """Every field of a card with its sources."""
     rates = ", ".join(f"{name} {_tera(rate)}" for name, rate in gpu.flops.items())
@@ -123,6 +140,8 @@ def _print_card(gpu: Gpu) -> None:
         "card": f"{gpu.id}: {gpu.name}",
         "memory": f"{gib(gpu.memory_bytes)}, {gib(gpu.usable_bytes)} of it for a process",
         "speed": f"{gpu.bandwidth_bytes_per_s / 1e9:.4g} GB/s; TFLOP/s {rates}",
+        "links": _links(gpu),
+        "power": _figure(gpu, "power_w", f"{gpu.power_w:g} W") if gpu.power_w else "not known",
         "backend": gpu.backend + (f", capability {_version(gpu)}" if gpu.capability else ""),
         "pytorch": gpu.pytorch,
         "recalled": ", ".join(gpu.recalled) or "nothing, every figure was read",

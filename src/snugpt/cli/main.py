@@ -92,7 +92,16 @@ doors = Doors(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; bad input never ends in a traceback."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        code: int | str | None = run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as end:  # a rank whose sister has said why
+        code = end.code
+    if "torch.distributed" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written. A thread of gloo that still runs would abort the interpreter's own end.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:

@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 SECTIONS: dict[str, dict[str, str]] = {
     "What for": {
         "gpu": "The card, as people write it; cpu; default: this machine.",
-        "num_gpus": "Cards of that kind; snugpt runs on one.",
+        "num_gpus": "Cards of that kind, up to 8.",
         "stack": "The program that will run it: snugpt, nanochat, nanochat@2025-10, ...",
         "launcher": "How nanochat is started: python or torchrun.",
         "task": "What the plan is for; default: train.",

@@ -19,10 +19,14 @@ import msgspec
 from snugpt.cli.output_files import write_output
 from snugpt.cli.screen import colour
 from snugpt.errors import BadQuestionError, DoesNotFitError, SnugError
-from snugpt.units import gib
+from snugpt.units import gib_of
 
 MODEL_FLAGS = {"gpu", "batch_size", "seq_len", "compute_dtype", "task"}
-AUTOCAST = {"bf16": "bf16", "fp32": None}  # of compute_dtype; the card decides where it is not said
+AUTOCAST = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": None,
+}  # of compute_dtype; the card decides where it is not said
 HELP = "snugpt trace --help"
 SHORTER = (4, 16)  # the parts of a sequence that are tried where not one of it fits
 
@@ -94,7 +98,7 @@ def trace_model(target: str, given: dict[str, Any], plot: Path | None, *, as_jso
     if smaller is not None:
         raise DoesNotFitError(
             f"does not fit on {traced.gpu.name}: process up to"
-            f" {gib(traced.process_bytes.high)} of {gib(traced.capacity_bytes)}",
+            f" {gib_of(traced.process_bytes.high, traced.capacity_bytes)}",
             hint=smaller,
         )
 

@@ -20,7 +20,7 @@ from snugpt.spec.host import default_cache_folder
 from snugpt.spec.plan import Plan, encode_plan
 from snugpt.spec.question import Question
 from snugpt.spec.recipe import TrainingRecipe
-from snugpt.units import gib
+from snugpt.units import gib, gib_of
 
 
 @click.command(cls=QuestionCommand)
@@ -133,10 +133,10 @@ def hint_for(verb: str, hint: str | None) -> str | None:
 def does_not_fit(made: Plan) -> DoesNotFitError:
     """The error of a plan that does not fit; its hint is the nearest one that does."""
     memory = made.memory
-    largest = max(memory.terms, key=lambda term: term.bytes)
+    largest, size = next(iter(memory.categories.items()))
     return DoesNotFitError(
-        f"does not fit on {made.gpu.name}: process up to {gib(memory.process_bytes.high)} of"
-        f" {gib(memory.capacity_bytes)}; peak in {memory.peak_phase}, largest {largest.name}"
-        f" {gib(largest.bytes)}",
+        f"does not fit on {made.gpu.name}: process up to"
+        f" {gib_of(memory.process_bytes.high, memory.capacity_bytes)}; peak in"
+        f" {memory.peak_phase}, largest: {largest} {gib(size)}",
         hint=made.alternatives[0].command if made.alternatives else "snugpt gpus",
     )

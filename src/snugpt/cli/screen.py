@@ -190,7 +190,8 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 
 def _choices(plan: Plan, recipe: TrainingRecipe) -> Iterator[str]:
-    why = plan.reasons.get("device_batch_size", plan.reasons.get("checkpoint", "pinned"))
+    searched = ("device_batch_size", "checkpoint", *SEARCHED)
+    why = next((plan.reasons[field] for field in searched if field in plan.reasons), "pinned")
     levers = ", ".join([f"device_batch_size {recipe.device_batch_size}", *in_words(recipe)])
     yield from row("chosen", f"{levers}: {why}")
     values = {
@@ -217,6 +218,11 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     if plan.fits and isinstance(plan.recipe, TrainingRecipe):
         yield from row("keeps", f"{gib(plan.host.checkpoint_bytes)} a checkpoint,"
                        f" {gib(plan.host.disk_bytes)} of disk")  # fmt: skip
+        if plan.recipe.offload != "none":
+            yield from row("host", f"{gib(plan.host.ram_bytes)} of the computer's own memory")
+        if plan.recipe.world_size > 1 and plan.recipe.stack == "snugpt":
+            yield from row("start", "with torchrun, one process for each:")
+            yield from command_rows(plan.command)
 
 
 def _summary(other: Alternative) -> str:

@@ -88,14 +88,9 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
             f"stack = {plan.stack!r} is not traced: its code is not ours",
             hint="snugpt trace --stack snugpt --depth 12",
         )
-    from snugpt.tracing.steps import NOT_TRACED
     from snugpt.tracing.steps import trace as trace_recipe
 
-    if isinstance(plan.recipe, TrainingRecipe) and plan.recipe.compile == "on":
-        raise BadQuestionError(
-            NOT_TRACED,
-            hint=_traces(plan.question, compile="off"),
-        )
+    _refuse_levers(plan)
     from snugpt.cli import trace_screen
     from snugpt.estimate.comparison import compare
     from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
@@ -121,6 +116,21 @@ def _trace_plan(plan: Plan, plot: Path | None, *, as_json: bool) -> None:
             " a bug in snugpt",
             hint=_traces(plan.question) + " --json",
         )
+
+
+def _refuse_levers(plan: Plan) -> None:
+    """Refuse what needs a real device; the hint is the same question with that taken back."""
+    from snugpt.tracing import ranks, steps
+
+    if not isinstance(plan.recipe, TrainingRecipe):
+        return
+    because, back = "", {}
+    if plan.recipe.sharding == "full":
+        because, back = ranks.NOT_TRACED, {"sharding": "none"}
+    if plan.recipe.compile == "on":
+        because, back = steps.NOT_TRACED, {**back, "compile": "off"}
+    if because:
+        raise BadQuestionError(because, hint=_traces(plan.question, **back))
 
 
 def _traces(question: Question, **changed: Any) -> str:

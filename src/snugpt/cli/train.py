@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,9 +14,14 @@ from snugpt.cli.options import QuestionCommand, question_from, question_options
 from snugpt.cli.plan import hint_for, planned
 from snugpt.cli.screen import print_plan
 from snugpt.errors import BadQuestionError
+from snugpt.planner.command import started_by
+from snugpt.run.distributed import joined
 from snugpt.spec.host import default_cache_folder, default_ledger_folder
 from snugpt.spec.plan import Plan, read_plan
 from snugpt.spec.question import GENERATION_ONLY, Question
+
+if TYPE_CHECKING:
+    from snugpt.run.reports import TrainingResult
 
 LEFT_OUT = ("task", "model", *GENERATION_ONLY)
 
@@ -45,14 +50,36 @@ def train(plan_file: Path | None, name: str | None, as_json: bool, **flags: Any)
         raise BadQuestionError(
             f"{field} can't be changed in a plan that is made", hint="snugpt plan --help"
         )
+    with joined() as world:
+        plan = world.first(lambda: _plan_of(plan_file, flags, name, as_json=as_json))
+        if not world.is_first:
+            return _train_silently(plan, name)
+        return run_training(plan, name, as_json=as_json)
+
+
+def _plan_of(
+    plan_file: Path | None, flags: dict[str, Any], name: str | None, *, as_json: bool
+) -> Plan:
+    """The plan that is given, or the one that is made here and shown."""
     if plan_file is not None:
-        plan = read_plan(plan_file)
-    else:
-        plan = _planned_to_train(question_from(flags), name)
-        if not as_json:
-            print_plan(plan)
-            click.echo()
-    return run_training(plan, name, as_json=as_json)
+        return read_plan(plan_file)
+    plan = _planned_to_train(question_from(flags), name)
+    if not as_json:
+        print_plan(plan)
+        click.echo()
+    return plan
+
+
+def _train_silently(plan: Plan, name: str | None) -> int:
+    """What the other ranks of a run do: the same, and the first one tells."""
+    from snugpt.run.run_folder import folder_for
+    from snugpt.run.train import train as train_plan
+
+    result = train_plan(
+        plan, folder_for(plan, name), cache_dir=default_cache_folder(),
+        ledger_folder=default_ledger_folder(), argv=("snugpt", *sys.argv[1:]),
+    )  # fmt: skip
+    return _exit_code(result)
 
 
 def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
@@ -78,10 +105,11 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
     finally:
         screen.close()
     run = folder.path.name
+    started = started_by(getattr(plan.recipe, "world_size", 1))
     if result.interrupted_by is not None and not result.finished:
         click.echo(
             f"{result.interrupted_by}: saved after step {result.steps}; go on with\n"
-            f"  snugpt train {folder.plan_file} --name {run}",
+            f"  {started} train {folder.plan_file} --name {run}",
             err=True,
         )
     measurement = result.measurement
@@ -94,10 +122,14 @@ def run_training(plan: Plan, name: str | None, *, as_json: bool = False) -> int:
 
         click.echo(msgspec.json.encode(measurement).decode())
     elif measurement is not None:
-        for line in receipt_lines(measurement):
+        for line in receipt_lines(measurement, plan.recipe):
             click.echo(line)
     if result.finished:
         click.echo(f"generate with: snugpt generate {run} --prompt 'The file'", err=True)
+    return _exit_code(result)
+
+
+def _exit_code(result: TrainingResult) -> int:
     if result.interrupted_by is not None and not result.finished:
         return 128 + signal.Signals[result.interrupted_by].value
     return 0

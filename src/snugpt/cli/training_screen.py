@@ -11,7 +11,8 @@ import click
 
 from snugpt.run.reports import EvaluationReport, Notice, Report, StepReport
 from snugpt.spec.measurement import COUNTERS, Measurement
-from snugpt.units import duration, gib
+from snugpt.spec.recipe import Recipe, TrainingRecipe
+from snugpt.units import duration, gib, plural
 
 LINE_EVERY_S = 10.0  # where the terminal can't be written over
 GAP = "  "  # between the parts of a line
@@ -86,8 +87,11 @@ class TrainingScreen:
         click.echo(line, err=True)
 
 
-def receipt_lines(measurement: Measurement) -> list[str]:
-    """The receipt: predicted beside measured for every counter, and what counted it."""
+def receipt_lines(measurement: Measurement, planned: Recipe | None = None) -> list[str]:
+    """The receipt: predicted beside measured for every counter, and what counted it.
+
+    Where steps were taken again it says so; `planned` is the recipe that the run began with.
+    """
     lines = [f"{'peak memory':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}   counted by"]
     for counter in COUNTERS:
         measured, ratio = measurement.measured_bytes(counter), measurement.ratio(counter)
@@ -102,4 +106,17 @@ def receipt_lines(measurement: Measurement) -> list[str]:
         speed = f"{measurement.tokens_per_s:,.0f} tokens/s"
         quality = measurement.bits_per_byte
         lines.append(speed + (f", {quality:.4f} bits per byte" if quality is not None else ""))
+    if measurement.retries:
+        lines.append(_retries_line(measurement.retries, measurement.recipe, planned))
     return lines
+
+
+def _retries_line(number: int, recipe: Recipe | None, planned: Recipe | None) -> str:
+    """How often memory ran out, and the batch that it went down to."""
+    said = f"{plural(number, 'retry', 'retries')} after out of memory"
+    if not isinstance(recipe, TrainingRecipe):
+        return said
+    batch = f"{recipe.device_batch_size}"
+    if isinstance(planned, TrainingRecipe) and planned.device_batch_size > recipe.device_batch_size:
+        batch = f"{planned.device_batch_size} -> {batch}"
+    return f"{said}: device_batch_size {batch}"

@@ -102,10 +102,19 @@ class ValidationLoader:
         total = -(-self.num_rows // self.device_batch_size)
         return max(0, -(-(total - self.rank) // self.world_size))
 
+    @property
+    def num_rounds(self) -> int:
+        """Batches of the rank that has the most: so often all ranks work together."""
+        return -(-self.num_rows // (self.device_batch_size * self.world_size))
+
     def batch(self, number: int) -> Batch:
-        """Return batch `number` of this rank; allocates inputs, then targets, like training."""
-        assert 0 <= number < self.num_batches, (number, self.num_batches)
-        first = (number * self.world_size + self.rank) * self.device_batch_size
+        """Return batch `number` of this rank; allocates inputs, then targets, like training.
+
+        In a last round without a batch of its own a rank gets the first of all, not to be counted.
+        """
+        assert 0 <= number < self.num_rounds, (number, self.num_rounds)
+        own = number < self.num_batches
+        first = (number * self.world_size + self.rank) * self.device_batch_size if own else 0
         rows = np.arange(first, min(first + self.device_batch_size, self.num_rows))
         return _gather(self.tokens, self.seq_len, rows, self.device)
 

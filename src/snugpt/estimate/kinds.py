@@ -10,23 +10,24 @@ Shapes: B batch, T time, C channels, H heads, K kv heads, D head size, M mlp wid
 
 from __future__ import annotations
 
-from snugpt.estimate import scratch
+from snugpt.estimate import fp8, scratch
 from snugpt.estimate.operations import BOOL, FP32, Buffer, Net, Operation, Weight
 from snugpt.spec.shape import GATE_CHANNELS
 
 
 def embedding(net: Net, table: Weight, *, name: str = "embedded tokens") -> Operation:
-    """`functions.Embedding`: gathers fp32 rows and casts; the gradient of the table is dense."""
-    out = net.per_token(name, table.columns, "C")
-    gathered = net.per_token("fp32 rows", table.columns, "C", element_bytes=FP32)
-    cast = (gathered,) if net.casts else ()
-    grad_table = net.weight_gradient(table)
+    """`functions.Embedding`: gathers rows, casts them; its dense gradient is summed in fp32."""
+    out, columns = net.per_token(name, table.columns, "C"), table.columns
+    stored = net.per_token("stored rows", columns, "C", element_bytes=net.weight_bytes)
+    cast = (stored,) if net.casts else ()
+    rows = (net.per_token("fp32 rows", columns, "C", element_bytes=FP32),) if net.lowers else ()
+    grad_table, total = net.weight_gradient(table), _fp32_sum(net, table)
     return Operation(
         name="embedding",
         reads=(),
         result=out,
         forward=(*cast, out, *cast),
-        backward=(*cast, grad_table, *cast),
+        backward=(*rows, *total, grad_table, *total, *rows),
         weight_gradients=((table, grad_table),),
     )
 
@@ -36,13 +37,13 @@ def positions(net: Net, x: Buffer, table: Weight) -> Operation:
     out = net.per_token("embedded tokens", table.columns, "C")
     rows = net.seq_len * table.columns * net.width_bytes
     cast = (net.fixed("weight casts", "activations", rows, "T·C"),) if net.casts else ()
-    grad_table = net.weight_gradient(table)
+    grad_table, total = net.weight_gradient(table), _fp32_sum(net, table, net.seq_len)
     return Operation(
         name="positions",
         reads=(x,),
         result=out,
         forward=(*cast, out, *cast),
-        backward=(grad_table,),
+        backward=(grad_table, *total, *total),
         gradients=((x, None),),
         weight_gradients=((table, grad_table),),
     )
@@ -50,6 +51,8 @@ def positions(net: Net, x: Buffer, table: Weight) -> Operation:
 
 def linear(net: Net, x: Buffer, weight: Weight, name: str, text: str) -> Operation:
     """`functions.Linear`: keeps x; casts the weight in both directions."""
+    if net.fp8:
+        return fp8.linear(net, x, weight, name, text)
     out = net.per_token(name, weight.rows, text)
     cast, grad_x, grad_weight = net.cast_of(weight), net.gradient_of(x), net.weight_gradient(weight)
     low = (
@@ -107,7 +110,10 @@ def weighted_norm(net: Net, x: Buffer, weight: Weight, *, name: str) -> Operatio
         backward = (*made, *last)
     else:
         unit, mean = net.gradient_of(x), net.per_token("norm statistics", 1, "", element_bytes=FP32)
-        backward = (unit, grad_x, grad_weight, mean, unit, mean)
+        total = _fp32_sum(net, weight)
+        backward = (
+            *cast, unit, grad_x, *total, grad_weight, *total, mean, unit, mean, *cast,
+        )  # fmt: skip
     return Operation(
         name="norm",
         reads=(x,),
@@ -215,28 +221,39 @@ def head_loss(net: Net, h: Buffer, weight: Weight, chunk_tokens: int | None) -> 
     """`loss.HeadLoss`: makes both gradients chunk by chunk; None is one chunk of all tokens."""
     V, C = net.shape.vocab_size, net.shape.model_dim
     loss = net.fixed("loss", "logits", FP32, "4")
-    grad_h, grad_weight = net.gradient_of(h), net.weight_gradient(weight)
+    grad_h, grad_weight, total = (
+        net.gradient_of(h), net.weight_gradient(weight), _fp32_sum(net, weight)
+    )  # fmt: skip
     low_bytes = V * C * net.width_bytes
     cast = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.casts else ()
-    product = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.casts else ()
-    low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
-    grad_low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
+    product = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.lowers else ()
+    low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.lowers else ()
+    grad_low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.lowers else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
-    right, highest, total, ones = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(4))
+    right, highest, sums, ones = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(4))
     capped = (chunk_of(net, chunk_tokens, V, FP32, "V"),) if net.shape.logit_softcap else ()
     chunk_loss = net.fixed("loss", "logits", FP32, "4")
     chunk = (
         *low, logits, *low,
-        right, highest, *capped, total, ones, ones, chunk_loss,
-        right, highest, *capped, total, chunk_loss,
-        *grad_low, *((logits,) if net.casts else ()),
+        right, highest, *capped, sums, ones, ones, chunk_loss,
+        right, highest, *capped, sums, chunk_loss,
+        *grad_low, *((logits,) if net.lowers else ()),
         *product, *product, *(grad_low or (logits,)),
     )  # fmt: skip
     return Operation(
         name="cross-entropy",
         reads=(h,),
         result=loss,
-        forward=(*cast, grad_h, grad_weight, loss, *chunk, *cast),
+        forward=(
+            *cast,
+            grad_h,
+            *(total or (grad_weight,)),
+            loss,
+            *chunk,
+            *((grad_weight,) if total else ()),
+            *total,
+            *cast,
+        ),
         keeps=(grad_h, grad_weight),
         gradients=((h, grad_h),),
         weight_gradients=((weight, grad_weight),),
@@ -249,7 +266,7 @@ def token_losses(net: Net, h: Buffer, chunk_tokens: int | None) -> Operation:
     losses = net.per_token("losses", 1, "", element_bytes=FP32, category="logits")
     low_bytes = V * C * net.width_bytes
     cast = (net.fixed("weight casts", "activations", low_bytes, "V·C"),) if net.casts else ()
-    low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.casts else ()
+    low = (chunk_of(net, chunk_tokens, V, net.width_bytes, "V"),) if net.lowers else ()
     logits = chunk_of(net, chunk_tokens, V, FP32, "V")
     right, highest, total = (chunk_of(net, chunk_tokens, 1, FP32, "") for _ in range(3))
     return Operation(
@@ -288,8 +305,16 @@ def chunk_of(net: Net, chunk_tokens: int | None, elements: int, size: int, text:
 
 
 def _half(grad: Buffer, net: Net) -> tuple[int, int]:
-    """The bytes of an fp32 gradient in the compute dtype, as `Buffer` wants them."""
-    return grad.fixed_bytes * net.width_bytes // FP32, 0
+    """The bytes of a weight's gradient in the compute dtype, as `Buffer` wants them."""
+    return grad.fixed_bytes * net.width_bytes // net.weight_bytes, 0
+
+
+def _fp32_sum(net: Net, weight: Weight, rows: int | None = None) -> tuple[Buffer, ...]:
+    """What a gradient is summed in before it is rounded; an fp32 one is summed where it stays."""
+    if net.weight_bytes == FP32:
+        return ()
+    size = (weight.rows if rows is None else rows) * weight.columns * FP32
+    return (net.fixed("fp32 sums", "gradients", size, f"{weight.name}·4"),)
 
 
 def _partial_sums(net: Net, weight: Weight) -> tuple[Buffer, ...]:

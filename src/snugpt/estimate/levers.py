@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snugpt.estimate.compiled import why_not_compiled
+from snugpt.estimate.fp8 import why_not_fp8
+from snugpt.estimate.loss_scale import why_not_fp16
+from snugpt.estimate.making_again import why_not_selective
+from snugpt.estimate.offload import why_not_offload
+from snugpt.estimate.sharding import why_not_sharded
 from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
@@ -43,7 +48,23 @@ def why_not(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Obje
     return None
 
 
+def _why_not_bf16_weights(
+    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime
+) -> str | None:
+    if recipe.compute_dtype == "fp16":
+        return "fp16 steps keep fp32 weights: what is scaled must not be rounded to 8 bits"
+    if recipe.compile == "on":
+        return "what the compiler makes of bf16 weights was not derived"
+    return None
+
+
 # What a lever is by default, which needs no reason, and what may stand against another value.
 _CHECKS: dict[str, tuple[str, Why]] = {
     "compile": ("off", why_not_compiled),
+    "weight_dtype": ("master", _why_not_bf16_weights),
+    "fp8": ("off", why_not_fp8),
+    "compute_dtype": ("fp32", why_not_fp16),
+    "sharding": ("none", why_not_sharded),
+    "checkpoint": ("none", why_not_selective),
+    "offload": ("none", why_not_offload),
 }

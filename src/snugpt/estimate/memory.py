@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from snugpt.estimate.generation import generation_timeline
 from snugpt.estimate.operations import Buffer
-from snugpt.estimate.process import outside_bytes, process_band, reserved_band
+from snugpt.estimate.process import outside_bytes, process_band, reserved_band, sharded_band
 from snugpt.estimate.stacks.catalogue import stack_of
 from snugpt.estimate.timeline import Alive, Timeline
 from snugpt.spec.gpu import Gpu
@@ -28,7 +28,7 @@ def timeline_of(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline
     else:
         key = (
             shape, runtime, recipe.seq_len, recipe.compute_dtype, recipe.chunk_tokens,
-            recipe.grad_accum_steps > 1, recipe.steps_in_backward, recipe.schedule is None,
+            recipe.grad_accum_steps > 1, recipe.steps_in_backward, recipe.clips,
             recipe.stack, recipe.world_size, recipe.launcher,
             *(getattr(recipe, lever) for lever in LEVERS),
         )  # fmt: skip
@@ -76,6 +76,7 @@ def memory_estimate(
     reserved, allocated = reserved_band(
         timeline, batch, runtime, alive.bytes, expandable=expandable
     )
+    reserved = sharded_band(reserved, recipe, runtime)
     process = process_band(reserved, runtime, outside_bytes(recipe))
     capacity = (gpu.usable_bytes if capacity_bytes is None else capacity_bytes) - reserve_bytes
     return MemoryEstimate(
@@ -139,8 +140,10 @@ def _terms(
 def _formula(buffer: Buffer, size: int, counts: dict[str, int]) -> str:
     """How a term comes about: elements of parameters, else each formula and how often it occurs."""
     if buffer.category in ("gradients", "optimizer") or buffer.name.startswith("weights"):
-        width = 2 if counts.keys() == {"parameters·2"} else 4
-        return f"{size // width:,} x {width}"
+        widths = {text.rpartition("·")[2] for text in counts}
+        width = widths.pop() if len(widths) == 1 else ""
+        each = int(width) if width in ("1", "2") else 4
+        return f"{size // each:,} x {each}"
     parts = [text if n == 1 else f"{n} x {text}" for text, n in counts.items()]
     return " + ".join(parts[:3]) + (" + ..." if len(parts) > 3 else "")
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snugpt.spec.memory import Category
-from snugpt.spec.recipe import BYTES, ComputeDtype
+from snugpt.spec.recipe import BYTES, ComputeDtype, WeightDtype
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 
-FP32, INT64, BOOL = 4, 8, 1  # bytes
+FP32, INT32, INT64, BOOL = 4, 4, 8, 1  # bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +65,14 @@ class Operation:
     gives_views: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """Operations that run again in the backward pass; their `results` are not kept meanwhile."""
+
+    operations: tuple[Operation, ...]
+    results: tuple[Buffer, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Net:
     """What the sizes of all operations depend on, and how to write one down."""
@@ -73,8 +81,10 @@ class Net:
     runtime: Runtime
     compute_dtype: ComputeDtype
     seq_len: int
-    casts_weights: bool = True  # training keeps fp32 weights; generation stores them as it computes
+    casts_weights: bool = True  # training has its own dtype; generation stores them as it computes
     drops: bool = True  # dropout works in training steps only
+    weight_dtype: WeightDtype = "master"  # of training
+    fp8: bool = False  # linear maps multiply in FP8, in training steps only
 
     @property
     def width_bytes(self) -> int:
@@ -82,9 +92,21 @@ class Net:
         return BYTES[self.compute_dtype]
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of one element of a weight and of its gradient."""
+        if not self.casts_weights:
+            return self.width_bytes
+        return BYTES["bf16"] if self.weight_dtype == "bf16" else FP32
+
+    @property
     def casts(self) -> bool:
-        """Whether fp32 weights are cast to the compute dtype at each use."""
-        return self.casts_weights and self.compute_dtype != "fp32"
+        """Whether weights are cast to the compute dtype at each use."""
+        return self.weight_bytes != self.width_bytes
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the compute dtype is below fp32, in which losses are worked out."""
+        return self.width_bytes < FP32
 
     @property
     def cuda(self) -> bool:
@@ -122,9 +144,10 @@ class Net:
         )  # fmt: skip
 
     def weight_gradient(self, weight: Weight) -> Buffer:
-        """A parameter's gradient in fp32, the dtype of the parameter."""
-        formula = f"{weight.name}: {weight.rows}·{weight.columns}·4"
-        return self.fixed("gradients", "gradients", weight.elements * FP32, formula)
+        """A parameter's gradient in the dtype of the parameter."""
+        size = self.weight_bytes
+        formula = f"{weight.name}: {weight.rows}·{weight.columns}·{size}"
+        return self.fixed("gradients", "gradients", weight.elements * size, formula)
 
     def cast_of(self, weight: Weight) -> tuple[Buffer, ...]:
         """A weight's copy in the compute dtype, none where it is stored in it."""

@@ -6,6 +6,7 @@ Names and sizes are those of `model/gpt.py`; a test holds every one of them agai
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from snugpt.estimate.operations import Weight
 from snugpt.spec.shape import GATE_CHANNELS, ModelShape, ParameterGroup
@@ -81,6 +82,7 @@ def parameter_groups(shape: ModelShape) -> dict[ParameterGroup, int]:
     return groups
 
 
+@lru_cache(maxsize=4096)
 def num_parameters(shape: ModelShape) -> int:
     """All parameters of the model."""
     return sum(parameter_groups(shape).values())

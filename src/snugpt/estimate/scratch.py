@@ -118,6 +118,12 @@ ASSUMED: tuple[Assumed, ...] = (
     Assumed("matrix product: a cuBLAS workspace for each thread that multiplies", "cuda",
             "32 MiB of capability 9 and 10, else 8.125 MiB; two while training",
             "ATen/cuda/CublasHandlePool.cpp", "179-182, 307-345"),
+    Assumed("FP8 product (_scaled_mm)", "cuda",
+            "none beyond the cuBLAS workspace of its thread, which cuBLASLt shares by default",
+            "ATen/cuda/CUDABlas.cpp", ""),
+    Assumed("scaling and casting to FP8 (mul into an FP8 tensor)", "cuda",
+            "none: the kernel casts what it stores",
+            "ATen/native/cuda/CUDALoops.cuh", "965-967, 1059-1069."),
     Assumed("flash attention, forward", "cuda",
             "none counted; n·B·H·T·(D32 + 1)·4 where B·H·⌈T/64⌉ is below 1.6 x multiprocessors and"
             " the keys are split n times",

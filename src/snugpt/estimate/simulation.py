@@ -32,7 +32,8 @@ def simulate(
     """Play the first step and a second one; return the peaks.
 
     In the first the optimizer state does not exist until the optimizer's phase, where it falls into
-    whatever the activations left free. That is what fragments a real run. `capacity_bytes` is what
+    whatever the activations left free. That is what fragments a real run. A step without such a
+    phase updates in backward; its state is made before. `capacity_bytes` is what
     the driver can hand out; without it there is no end.
     """
     allocator = (ExpandableAllocator if expandable else CachingAllocator)(capacity_bytes)
@@ -47,8 +48,9 @@ def simulate(
 
 
 def _play(timeline: Timeline, player: _Player) -> None:
-    late = [b for b in timeline.resident if b.category == "optimizer"]
-    player.hold(b for b in timeline.resident if b.category != "optimizer")
+    made_late = any(placed.phase == "optimizer" for placed in timeline.placed)
+    late = [b for b in timeline.resident if b.category == "optimizer" and made_late]
+    player.hold(b for b in timeline.resident if b.category != "optimizer" or not made_late)
     for phase, _, segment in timeline.placed:
         if late and phase == "optimizer":
             player.hold(late)

@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from snugpt.estimate.flops import forward_flops_per_token, muon_flops
+from snugpt.estimate.flops import (
+    forward_flops_per_token,
+    muon_flops,
+    recompute_factor,
+    traffic_again_bytes_per_token,
+)
+from snugpt.estimate.fp8 import more_kernels_per_layer
+from snugpt.estimate.lever_times import time_factor
 from snugpt.estimate.parameters import num_parameters
+from snugpt.estimate.sharding import sending_s
 from snugpt.estimate.stacks.catalogue import stack_of
+from snugpt.estimate.transfers import waiting_s
+from snugpt.estimate.updating import FUSED_BYTES, Cost, Updating, update_cost
 from snugpt.spec.gpu import Gpu
 from snugpt.spec.memory import Band, Basis
 from snugpt.spec.plan import SpeedEstimate
@@ -25,7 +35,9 @@ EAGER_SHARE = Band(0.20, 0.35, 0.50)
 # Printed by nanochat on H100s: 41 % (12 layers), 46 to 50 % (16 to 32 layers), 59 % (24 layers in
 # FP8, counted in bf16). Assumed for other cards.
 COMPILED_SHARE = Band(0.38, 0.46, 0.55)
-FP8_SPEEDUP = 1.17  # of 26 layers on 8 H100s (nanochat's log, 2 February 2026)
+# Of 26 layers on 8 H100s, compiled, with the head (nanochat's log, 2 February 2026). Small models
+# gain less; for ours, which starts every cast by itself, assumed.
+FP8_SPEEDUP = 1.17
 # Share of the dense rate that arithmetic reaches in generation. Assumed.
 GENERATION_SHARE = 0.35
 # Share of memory bandwidth that decoding reaches; gpt-fast reaches about 0.7 compiled. Assumed.
@@ -36,7 +48,6 @@ MEASURED_BAND = 0.35  # a measured rate was taken on another shape: a third eith
 KERNEL_START_S = {"cuda": 6e-6, "cpu": 12e-6, "mps": 12e-6, "rocm": 8e-6}
 KERNELS_PER_LAYER = 90  # forward and backward of one layer, counted on the nanochat style
 COMPILED_KERNELS_PER_LAYER = 30  # fused by the compiler. Assumed.
-OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes weight and two moments, reads gradient
 
 
 class Rate(NamedTuple):
@@ -61,7 +72,13 @@ def training_rate(
     dtype = recipe.compute_dtype
     peak = dense_rate(gpu, dtype) * (FP8_SPEEDUP if recipe.fp8 == "on" else 1.0)
     band = Band(peak * share.low, peak * share.expected, peak * share.high)
-    return Rate(band, "assumed", f"{share.expected:.0%} of {peak / 1e12:.3g} TFLOP/s {dtype}")
+    name = "fp8 beside bf16" if recipe.fp8 == "on" else dtype
+    return Rate(band, "assumed", f"{share.expected:.0%} of {_three(peak / 1e12)} TFLOP/s {name}")
+
+
+def _three(number: float) -> str:
+    """Three significant digits, never as a power."""
+    return f"{float(f'{number:.3g}'):g}"
 
 
 def dense_rate(gpu: Gpu, dtype: str) -> float:
@@ -70,17 +87,47 @@ def dense_rate(gpu: Gpu, dtype: str) -> float:
     return rates.get(dtype, rates["fp32"])
 
 
-def step_time_s(shape: ModelShape, recipe: TrainingRecipe, gpu: Gpu, flops_per_s: float) -> float:
-    """Seconds of one optimizer step at a rate of arithmetic."""
+def step_time_s(
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    gpu: Gpu,
+    flops_per_s: float,
+    *,
+    waits: bool = True,
+) -> float:
+    """Seconds of one optimizer step at a rate of arithmetic: counted, and fitted to records.
+
+    Without `waits` copies to the host cost nothing; then it needs no walk, and is never too long.
+    """
     tokens = recipe.total_batch_tokens / recipe.world_size
     arithmetic = stack_of(recipe).step_flops_per_token(shape, recipe) * tokens / flops_per_s
-    recomputed = 4 / 3 if recipe.checkpoint == "blocks" else 1.0
+    recomputed = recompute_factor(shape, recipe)
     per_layer = COMPILED_KERNELS_PER_LAYER if recipe.compile == "on" else KERNELS_PER_LAYER
+    if recipe.fp8 == "on" and recipe.compile == "off":
+        per_layer += more_kernels_per_layer(shape)
     kernels = per_layer * shape.num_layers * recipe.grad_accum_steps * recomputed
-    optimizer = num_parameters(shape) * OPTIMIZER_BYTES_PER_PARAMETER / gpu.bandwidth_bytes_per_s
+    if recipe.stack == "snugpt":
+        updates = update_cost(shape, Updating.of(recipe))
+    else:
+        updates = Cost(num_parameters(shape) * FUSED_BYTES, 0)  # fused and compiled
+    kernels += updates.kernels
+    owners = 1 if recipe.sharding == "none" or recipe.stack != "snugpt" else recipe.world_size
+    optimizer = updates.bytes / owners / gpu.bandwidth_bytes_per_s
+    again = traffic_again_bytes_per_token(shape, recipe) * tokens / gpu.bandwidth_bytes_per_s
     if recipe.optimizer == "muon":
-        optimizer += muon_flops(shape) / recipe.world_size / flops_per_s
-    return arithmetic + kernels * KERNEL_START_S[gpu.backend] + optimizer
+        optimizer += muon_flops(shape) / matrix_sharers(recipe) / flops_per_s
+    counted = arithmetic + again + kernels * KERNEL_START_S[gpu.backend] + optimizer
+    if waits:
+        counted += waiting_s(shape, recipe, gpu, arithmetic, optimizer)
+    sending = sending_s(shape, recipe, gpu) if recipe.stack == "snugpt" else 0.0
+    return counted * time_factor(recipe, gpu.backend) + sending
+
+
+def matrix_sharers(recipe: TrainingRecipe) -> int:
+    """Among how many devices Muon's matrices are divided. Ours are not where every rank updates
+    everything, nor where each gathers all of them; nanochat divides them always."""
+    ours = recipe.stack == "snugpt" and recipe.sharding != "optimizer"
+    return 1 if ours else recipe.world_size
 
 
 def speed_estimate(

@@ -74,6 +74,7 @@ class Timeline:
     block_bytes: int
     aliases: dict[Buffer, Buffer] = field(default_factory=dict)  # one tensor under two names
     abridged: frozenset[Phase] = frozenset()
+    host: tuple[Buffer, ...] = ()  # what a lever puts in host memory; no event speaks of it
 
     @cached_property
     def envelope(self) -> tuple[Line, ...]:
@@ -172,8 +173,9 @@ def _summary(events: tuple[Event, ...], block_bytes: int) -> tuple[Line, tuple[L
         if sign < 0 and rising:
             crests.add(Line(fixed, per_sequence))
         rising = sign > 0
-        fixed += sign * _rounded(buffer.fixed_bytes, block_bytes)
-        per_sequence += sign * _rounded(buffer.sequence_bytes, block_bytes)
+        # `_rounded`, spelled out: a search sums up a million events
+        fixed -= sign * (-buffer.fixed_bytes // block_bytes) * block_bytes
+        per_sequence -= sign * (-buffer.sequence_bytes // block_bytes) * block_bytes
     crests.add(Line(fixed, per_sequence))
     return Line(fixed, per_sequence), _envelope(crests)
 

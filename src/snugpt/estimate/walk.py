@@ -5,6 +5,8 @@ It follows PyTorch's rules, which are simple when every operation is one autogra
 - a tensor is freed after its last reader, unless an operation keeps it;
 - backward runs the list in reverse; an operation's incoming gradient is freed when its call
   returns, then what it alone still kept;
+- what is made again instead of being kept is made where backward first reads it, and is then freed
+  as if it had been kept;
 - a second gradient for the same tensor is added in place if nobody else holds the first one and it
   is no view, else into a new tensor (input_buffer.cpp, `can_accumulate_inplace`);
 - a parameter's first gradient is taken over as it is; later ones are added and freed
@@ -13,10 +15,10 @@ It follows PyTorch's rules, which are simple when every operation is one autogra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from snugpt.estimate.operations import Buffer, Operation, Weight
+from snugpt.estimate.operations import Buffer, Call, Operation, Weight
 from snugpt.estimate.timeline import Event
 
 
@@ -33,11 +35,13 @@ class Held:
 class Walk:
     """The walk of one micro-step. `first` is the one that finds no gradients yet.
 
-    `uses` counts how often a weight occurs, by name, where that is more than once.
+    `uses` counts how often a weight occurs, by name, where that is more than once. With `update` a
+    complete gradient goes to the optimizer, which takes what that says, and then away.
     """
 
     first: bool = True
     uses: dict[str, int] = field(default_factory=dict)
+    update: Callable[[Weight], list[Event]] | None = None
     _waiting: dict[str, tuple[Buffer, int]] = field(default_factory=dict)
 
     def backward(
@@ -46,21 +50,26 @@ class Walk:
         entry: Buffer | None,
         incoming: Buffer,
         *,
+        made_again: Sequence[Call] = (),
+        beside: Sequence[Buffer] = (),
         hold_entry: bool = False,
         entry_stays: bool = False,
         incoming_stays: bool = False,
     ) -> tuple[list[Event], Buffer | None]:
         """Events of the reversed list; returns also the gradient of `entry` that is left alive.
 
-        `incoming` is the gradient of the last result. With `hold_entry` the entry goes at the end,
-        with `entry_stays` somebody else keeps it, as with `incoming_stays` the incoming gradient.
+        `incoming` is the gradient of the last result. What lies `beside` goes with what the first
+        operation kept, and so does the entry with `hold_entry`; with `entry_stays` somebody else
+        keeps the entry, as with `incoming_stays` the incoming gradient.
         """
         events: list[Event] = []
         keepers = _count_keepers(operations)
+        missing = {buffer: call for call in made_again for buffer in call.results}
         slots = {operations[-1].result: Held(incoming, holders=1 + incoming_stays)}
         if entry is not None:
             keepers[entry] = keepers.get(entry, 0) + hold_entry + entry_stays
         for operation in reversed(operations):
+            events += _made_again(operation.keeps, missing, keepers)
             arrived = slots.pop(operation.result, None)
             own = {b for b in operation.keeps if keepers[b] == 1 and b in operation.backward}
             shared = set(operation.keeps) - own
@@ -77,13 +86,14 @@ class Walk:
                 gone = buffer in own or keepers[buffer] or _is_gradient(operation, buffer)
                 if not gone:
                     events.append(Event(-1, buffer))
+            if operation is operations[0]:
+                going = (*beside, entry) if hold_entry and entry is not None else beside
+                events += [Event(-1, buffer) for buffer in going]
             for target, held in handed_on:
                 assert held is not None
                 _add(slots, target, held, events)
             for weight, buffer in operation.weight_gradients:
                 self._give(weight, buffer, events)
-        if hold_entry and entry is not None:
-            events.append(Event(-1, entry))
         left = None if entry is None else slots.pop(entry, None)
         return events, None if left is None else left.buffer
 
@@ -94,6 +104,8 @@ class Walk:
             events.append(Event(-1, buffer))  # added into the one that waited
         if given + 1 < self.uses.get(weight.name, 1):
             self._waiting[weight.name] = first, given + 1
+        elif self.update is not None:
+            events += [*self.update(weight), Event(-1, first)]
         elif not self.first:
             events.append(Event(-1, first))  # added into the gradient that is there
 
@@ -103,18 +115,28 @@ def forward(
     entry: Buffer | None,
     *,
     keep: bool,
+    made_again: Sequence[Call] = (),
     hold_entry: bool = False,
     stop: int | None = None,
 ) -> list[Event]:
-    """Events of the list run forward; with `keep` what backward needs stays alive.
+    """Events of the list run forward; with `keep` what backward needs and can't have made again
+    stays alive.
 
     With `stop` it ends before that operation; what the rest would read is still alive then.
     """
-    events: list[Event] = []
-    last_reader = {buffer: i for i, op in enumerate(operations) for buffer in op.reads}
     kept: set[Buffer] = {b for op in operations for b in op.keeps} if keep else set()
+    kept -= {buffer for call in made_again for buffer in call.results}
     if hold_entry and entry is not None:
         kept.add(entry)
+    return _run(operations, kept, stop)
+
+
+def _run(
+    operations: Sequence[Operation], kept: set[Buffer], stop: int | None = None
+) -> list[Event]:
+    """Events of a list of which only what is `kept` and the last result are left."""
+    events: list[Event] = []
+    last_reader = {buffer: i for i, op in enumerate(operations) for buffer in op.reads}
     for i, operation in enumerate(operations[:stop]):
         events += sequence(operation.forward)
         for buffer in _left_over(operation.forward):
@@ -140,6 +162,37 @@ def recompute(operations: Sequence[Operation], entry: Buffer) -> list[Event]:
         alive[buffer] = alive.get(buffer, 0) + sign
     events += [Event(-1, b) for b, n in alive.items() if n and b not in kept]
     return events
+
+
+def _made_again(
+    read: Sequence[Buffer], missing: dict[Buffer, Call], keepers: dict[Buffer, int]
+) -> list[Event]:
+    """Events of the calls that make what is about to be read and is `missing`; they leave that.
+
+    A call that needs another's results comes after it. What only a later call reads goes with it.
+    """
+    if missing.keys().isdisjoint(read):
+        return []
+    calls: list[Call] = []
+
+    def need(buffer: Buffer) -> None:
+        call = missing.get(buffer)
+        if call is None:
+            return
+        for result in call.results:
+            missing.pop(result)
+        for operation in call.operations:
+            for each in operation.reads:
+                need(each)
+        calls.append(call)
+
+    for buffer in read:
+        need(buffer)
+    operations = [operation for call in calls for operation in call.operations]
+    made = {operation.result for operation in operations}
+    there = {b for operation in operations for b in operation.reads if b not in made}
+    awaited = {b for call in calls for b in call.results if keepers.get(b)}
+    return _run(operations, there | awaited)
 
 
 def sequence(buffers: Sequence[Buffer], given: Iterable[Buffer] = ()) -> list[Event]:

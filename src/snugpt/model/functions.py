@@ -7,7 +7,10 @@ rounding:
 
 - a norm without weights keeps its output, which its consumer keeps anyway, and not its input;
 - squared ReLU keeps its output and takes the square root again;
-- a linear layer keeps its fp32 weight and casts it again, instead of keeping the cast copy.
+- a linear layer keeps its weight and casts it again, instead of keeping the cast copy.
+
+A weight is fp32, or bf16 where the recipe says so; its gradient has its dtype, and is summed in
+fp32 before it is rounded. All between the weights is in the compute dtype.
 
 Where CUDA has a kernel of its own, `device` says whose kernels run: the Runtime's word for it and
 not the tensor's, so that a trace without a GPU takes the same way.
@@ -29,25 +32,26 @@ EPS = 1e-5
 
 
 class Embedding(Function):
-    """Rows of a table: (V, C) fp32, (B, T) int64 -> (B, T, C) in the compute dtype."""
+    """Rows of a table: (V, C), (B, T) int64 -> (B, T, C) in the compute dtype."""
 
     @staticmethod
     def forward(ctx, table: Tensor, indices: Tensor, dtype: torch.dtype, device: str = "cpu"):
         ctx.save_for_backward(indices)
-        ctx.num_rows, ctx.device = table.shape[0], device
+        ctx.num_rows, ctx.table_dtype, ctx.device = table.shape[0], table.dtype, device
         return torch.embedding(table, indices).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (indices,) = ctx.saved_tensors
-        # The gradient of the table is dense: (V, C) fp32, whatever the batch.
+        # The gradient of the table is dense, (V, C) whatever the batch, and summed in fp32.
         rows = grad.float().view(-1, grad.shape[-1])
         if ctx.device == "cuda":  # PyTorch's kernel would sort, with up to (N + V) x C fp32 beside
             table = torch.zeros(ctx.num_rows, grad.shape[-1], device=grad.device)
-            return table.index_add_(0, indices.view(-1), rows), None, None, None
-        table = aten.embedding_dense_backward(rows, indices.view(-1), ctx.num_rows, -1, False)
-        return table, None, None, None
+            table.index_add_(0, indices.view(-1), rows)
+        else:
+            table = aten.embedding_dense_backward(rows, indices.view(-1), ctx.num_rows, -1, False)
+        return table.to(ctx.table_dtype), None, None, None
 
 
 class Positions(Function):
@@ -55,20 +59,23 @@ class Positions(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor, start: int) -> Tensor:
-        ctx.table_shape, ctx.start = table.shape, start
+        ctx.table_shape, ctx.table_dtype, ctx.start = table.shape, table.dtype, start
         return x + table[start : start + x.shape[1]].to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_table = torch.zeros(ctx.table_shape, device=grad.device)
+        grad_table = torch.zeros(ctx.table_shape, dtype=ctx.table_dtype, device=grad.device)
         rows = grad_table[ctx.start : ctx.start + grad.shape[1]]
-        torch.sum(grad, 0, dtype=torch.float32, out=rows)
+        if rows.dtype == torch.float32:
+            torch.sum(grad, 0, dtype=torch.float32, out=rows)
+        else:
+            rows.copy_(torch.sum(grad, 0, dtype=torch.float32))
         return grad, grad_table, None
 
 
 class Linear(Function):
-    """x @ weight.T without bias: (..., I), (O, I) fp32 -> (..., O). Keeps x; recasts the weight."""
+    """x @ weight.T without bias: (..., I), (O, I) -> (..., O). Keeps x; recasts the weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -82,7 +89,7 @@ class Linear(Function):
         x, weight = ctx.saved_tensors
         rows, grad_rows = x.view(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = (grad_rows @ weight.to(x.dtype)).view(x.shape)
-        grad_weight = (grad_rows.t() @ rows).to(weight.dtype)  # (O, I), back to fp32
+        grad_weight = (grad_rows.t() @ rows).to(weight.dtype)  # (O, I)
         return grad_x, grad_weight
 
 
@@ -138,7 +145,7 @@ class WeightedRMSNorm(Function):
         # With u = x * rstd:  dw = sum(g * u),  dx = rstd * (g * w - u * mean(g * w * u))
         unit = torch.mul(x, rstd, out=torch.empty_like(x))
         grad_x = grad * unit
-        grad_weight = grad_x.view(-1, x.shape[-1]).sum(0, dtype=weight.dtype)
+        grad_weight = grad_x.view(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(weight.dtype)
         mean = grad_x.mul_(scale).mean(-1, keepdim=True)
         unit.mul_(mean)
         torch.mul(grad, scale, out=grad_x)
@@ -232,7 +239,7 @@ class SwiGLU(Function):
 class ValueGate(Function):
     """v + 2 * sigmoid(h[..., :G] @ weight.T) * value_embedding, one gate per key-value head.
 
-    h (B, T, C), weight (K, G) fp32, v and value_embedding (B, T, K, D).
+    h (B, T, C), weight (K, G), v and value_embedding (B, T, K, D).
     """
 
     @staticmethod

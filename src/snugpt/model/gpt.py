@@ -12,6 +12,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from snugpt.model import functions as op
 from snugpt.model.attention import attend, window_mask
+from snugpt.model.fp8 import Fp8Linear
 from snugpt.model.kv_cache import KVCache
 from snugpt.model.loss import HeadLoss, capped_logits, token_losses
+from snugpt.model.loss_scale import LossScale
+from snugpt.model.making_again import keeping
+from snugpt.model.ranks import Alone
+from snugpt.spec.recipe import SelectiveStep
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import GATE_CHANNELS, ROPE_BASE, ModelShape, Style
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -59,6 +65,8 @@ class Block(nn.Module):
         self.value_embedding = empty(shape.padded_vocab_size, KD) if mixes else None
         self.value_gate = empty(shape.num_kv_heads, GATE_CHANNELS) if mixes else None
 
+        self.fp8 = False  # the lever `fp8 = on`
+        self.made_again: tuple[SelectiveStep, ...] = ()  # the lever `checkpoint = selective`
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None  # the lever `compile = on`
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
@@ -76,50 +84,74 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """x + out(attention(norm(x)))."""
+        (B, T, _), style, device = x.shape, self.shape.style, self.runtime.device
+        with keeping(self.made_again) as keep:
+            h = keep.unless({"pointwise"}, normed, style, x, self.attention_norm, device)
+            q, k, v, *mixed = keep.unless({"qkv"}, self.heads, h, inputs)
+            del h, mixed
+            if inputs.cache is not None:
+                k, v = inputs.cache.extend(self.layer, k, v, self.window)
+            y = attend(
+                q, k, v, backend=self.runtime.attention, window=self.window,
+                mask=inputs.masks.get(self.window), dropout=self.dropout,
+            )  # fmt: skip
+            del q, k, v
+        y = self.linear(y.view(B, T, -1), self.output)
+        y = self.dropped(y)
+        return op.ResidualAdd.apply(x, y)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x + down(activation(up(norm(x))))."""
+        style, device = self.shape.style, self.runtime.device
+        with keeping(self.made_again) as keep:
+            h = keep.unless({"pointwise"}, normed, style, x, self.mlp_norm, device)
+            inner = keep.unless({"up"}, self.projected, h)
+            del h
+            a = keep.unless({"pointwise", "up"}, self.activated, *inner)
+            del inner
+            a = self.linear(a, self.down)
+        a = self.dropped(a)
+        return op.ResidualAdd.apply(x, a)
+
+    def heads(self, h: Tensor, inputs: LayerInputs) -> tuple[Tensor, ...]:
+        """Queries, keys and values as attention reads them: (B, T, H, D), (B, T, K, D) twice.
+
+        Where values are mixed with embeddings, also those: their gate keeps them.
+        """
         shape, device = self.shape, self.runtime.device
-        B, T, _ = x.shape
-        h = normed(shape.style, x, self.attention_norm, device)
-        q = op.Linear.apply(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
-        k = op.Linear.apply(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
-        v = op.Linear.apply(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
+        B, T, _ = h.shape
+        mixed: tuple[Tensor, ...] = ()
+        q = self.linear(h, self.query).view(B, T, shape.num_heads, shape.head_dim)
+        k = self.linear(h, self.key).view(B, T, shape.num_kv_heads, shape.head_dim)
+        v = self.linear(h, self.value).view(B, T, shape.num_kv_heads, shape.head_dim)
         if self.value_embedding is not None:
             ve = op.Embedding.apply(self.value_embedding, inputs.tokens, v.dtype, device)
-            v = op.ValueGate.apply(h, self.value_gate, v, ve.view(v.shape))
+            mixed = (ve.view(v.shape),)
             del ve
-        del h
+            v = op.ValueGate.apply(h, self.value_gate, v, *mixed)
         if inputs.angles is not None:
             q = op.Rotary.apply(q, *inputs.angles)
             k = op.Rotary.apply(k, *inputs.angles)
         if shape.style == "nanochat":
             q = op.RMSNorm.apply(q, device)
             k = op.RMSNorm.apply(k, device)
-        if inputs.cache is not None:
-            k, v = inputs.cache.extend(self.layer, k, v, self.window)
-        y = attend(
-            q, k, v, backend=self.runtime.attention, window=self.window,
-            mask=inputs.masks.get(self.window), dropout=self.dropout,
-        )  # fmt: skip
-        del q, k, v
-        y = op.Linear.apply(y.view(B, T, -1), self.output)
-        y = self.dropped(y)
-        return op.ResidualAdd.apply(x, y)
+        return q, k, v, *mixed
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """x + down(activation(up(norm(x))))."""
-        h = normed(self.shape.style, x, self.mlp_norm, self.runtime.device)
-        a = op.Linear.apply(h, self.up)  # (B, T, M)
-        gate = None if self.gate is None else op.Linear.apply(h, self.gate)
-        del h
-        if self.shape.style == "nanochat":
-            a = op.ReluSquared.apply(a)
-        elif gate is None:
-            a = op.Gelu.apply(a)
-        else:
-            a = op.SwiGLU.apply(gate, a)
-            del gate
-        a = op.Linear.apply(a, self.down)
-        a = self.dropped(a)
-        return op.ResidualAdd.apply(x, a)
+    def projected(self, h: Tensor) -> tuple[Tensor, ...]:
+        """What the activation reads, (B, T, M) each: the up projection, before it the gate's."""
+        up = self.linear(h, self.up)
+        return (up,) if self.gate is None else (self.linear(h, self.gate), up)
+
+    def activated(self, *inner: Tensor) -> Tensor:
+        """The style's activation of its inputs, (B, T, M)."""
+        function = {"nanochat": op.ReluSquared, "gpt2": op.Gelu, "llama": op.SwiGLU}
+        return function[self.shape.style].apply(*inner)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T: (..., I), (O, I) -> (..., O); in FP8 only in training."""
+        if self.fp8 and self.training:
+            return Fp8Linear.apply(x, weight, self.runtime.device)
+        return op.Linear.apply(x, weight)
 
     def dropped(self, y: Tensor) -> Tensor:
         """Dropout on a sublayer's result, only in training."""
@@ -131,7 +163,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Weights are fp32 (or the generation dtype); all between them is compute dtype."""
+    """The model. Weights have torch's default dtype; all between them is in the compute dtype."""
 
     def __init__(self, shape: ModelShape, runtime: Runtime, compute_dtype: str) -> None:
         super().__init__()
@@ -146,8 +178,12 @@ class GPT(nn.Module):
         self.angles = None if learned else rotary_angles(shape, self.dtype)
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.recompute_blocks = False  # the lever `checkpoint = blocks`
+        self.loss_scale: LossScale | None = None  # of fp16, in training
+        self.around_layer: Callable = stays  # the lever `offload = activations`
+        self.ranks: Alone = Alone()  # who else trains this model
+        self.calls_blocks = False  # the lever `sharding = full`
 
-    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float) -> Tensor:
+    def loss(self, h: Tensor, targets: Tensor, *, chunk: int, scale: float | Tensor) -> Tensor:
         """`scale` x the summed cross-entropy in nats of `hidden`'s rows: (N, C), (B, T) -> ()."""
         return HeadLoss.apply(
             h, self.head_weight, targets.view(-1), self.shape.vocab_size,
@@ -172,21 +208,27 @@ class GPT(nn.Module):
 
         With a cache only the last position of each sequence is returned, (B, C).
         """
+        return self.states(tokens, cache).view(-1, self.shape.model_dim)
+
+    def states(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The same as (B, T, C); what FSDP2 takes for the forward pass."""
         start = 0 if cache is None else cache.length
         inputs = self.layer_inputs(tokens, cache, start)
         x = self.embedded(tokens, start)
         for block in self.blocks:
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x = self.recomputed(block, x, inputs)
-            else:
-                attention, mlp = block.sublayers
-                x = attention(x, inputs)
-                x = mlp(x)
+            with self.around_layer(block, x):
+                if self.recompute_blocks and torch.is_grad_enabled():
+                    x = self.recomputed(block, x, inputs)
+                elif self.calls_blocks:
+                    x = block(x, inputs)
+                else:
+                    attention, mlp = block.sublayers
+                    x = attention(x, inputs)
+                    x = mlp(x)
         if cache is not None:
             cache.length += tokens.shape[1]
             x = x[:, -1:]
-        h = normed(self.shape.style, x, self.norm, self.runtime.device)
-        return h.view(-1, self.shape.model_dim)
+        return normed(self.shape.style, x, self.norm, self.runtime.device)
 
     def recomputed(self, block: Block, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Run a block keeping only x; its other tensors are made again in the backward pass."""
@@ -237,8 +279,13 @@ class GPT(nn.Module):
         return self.embedding if self.head is None else self.head
 
 
+def stays(block: Block, x: Tensor) -> AbstractContextManager:
+    """What a layer keeps stays on the device."""
+    return nullcontext()
+
+
 def empty(*sizes: int) -> nn.Parameter:
-    """An fp32 parameter on the default device, its values still to be set."""
+    """A parameter on the default device in the default dtype, its values still to be set."""
     return nn.Parameter(torch.empty(*sizes))
 
 

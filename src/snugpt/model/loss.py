@@ -21,15 +21,16 @@ from torch.autograd.function import once_differentiable
 class HeadLoss(Function):
     """`scale` x sum of the cross-entropies of h @ weight.T against the targets, in nats.
 
-    h (N, C), weight (V, C) fp32, targets (N,) int64 -> () fp32. Rows of the weight from
-    `vocab_size` on are padding. Keeps the two gradients, (N, C) and (V, C) fp32.
+    h (N, C), weight (V, C), targets (N,) int64 -> () fp32. Rows of the weight from `vocab_size` on
+    are padding. Keeps the two gradients, (N, C) and (V, C). The weight's is summed over the chunks
+    in fp32 and rounded once, where the weight is bf16.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab_size: int, softcap, chunk: int, scale: float):
-        head = weight[:vocab_size].to(h.dtype)  # (V, C); no copy in fp32
+    def forward(ctx, h, weight, targets, vocab_size: int, softcap, chunk: int, scale):
+        head = weight[:vocab_size].to(h.dtype)  # (V, C); no copy where it is stored in it
         grad_h = torch.empty_like(h)
-        grad_weight = torch.zeros_like(weight)
+        total = torch.zeros_like(weight, dtype=torch.float32)
         loss = torch.zeros((), device=h.device)
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -38,9 +39,9 @@ class HeadLoss(Function):
             grad_logits = logits.mul_(scale).to(h.dtype)
             del logits
             torch.mm(grad_logits, head, out=grad_h[rows])
-            accumulate_product(grad_weight[:vocab_size], grad_logits, h[rows])
+            accumulate_product(total[:vocab_size], grad_logits, h[rows])
             del grad_logits
-        ctx.grads = grad_h, grad_weight
+        ctx.grads = grad_h, total.to(weight.dtype)
         return loss.mul_(scale)
 
     @staticmethod

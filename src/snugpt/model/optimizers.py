@@ -1,97 +1,55 @@
-"""Optimizers: Muon for the matrices, PyTorch's fused AdamW for everything else.
+"""Who updates what: Muon the matrices, AdamW everything else, each group at its own rate.
 
-State per parameter: Muon one fp32 momentum (4 bytes), AdamW two fp32 moments (8 bytes).
+State per parameter in fp32: Muon one momentum (4 bytes), AdamW two moments (8 bytes); `state_dtype`
+stores them in 2 bytes or in 1 each.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
+from snugpt.estimate.state_on_host import stage_bytes
+from snugpt.estimate.updating import Updating, muon_dtype, stored_as
+from snugpt.model.adamw import AdamW
 from snugpt.model.build import group_of
-from snugpt.model.gpt import GPT
-from snugpt.spec.recipe import TrainingRecipe
+from snugpt.model.gpt import DTYPES, GPT
+from snugpt.model.muon import Muon
+from snugpt.model.parameter_wise import WITHOUT_MEMORY, ParameterWise
+from snugpt.model.state_on_host import StateOnHost
+from snugpt.model.stored_state import Bf16, Format, Fp32, Int8, require_torchao
+from snugpt.spec.recipe import StateDtype, TrainingRecipe
 
 ADAMW_BETAS = (0.8, 0.95)
 ADAMW_EPS = 1e-8
 # Scales of the AdamW rate by group; width-dependent parts as in nanochat's base_train (July 2026)
 EMBEDDING_RATE, VALUE_EMBEDDING_RATE, HEAD_RATE = 30.0, 15.0, 1.0
-NEWTON_SCHULZ_STEPS = 5
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon (Jordan et al., 2024)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration, one matrix at a time.
-
-    kellerjordan.github.io/posts/muon. The gradient's own storage takes the Nesterov blend; what one
-    matrix needs beside it is let go before the next, so the largest matrix sets the transient.
-    """
-
-    def __init__(
-        self,
-        params,
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype  # of the iteration; None is the weights' own
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, weight.grad, group)
-
-    def _update(self, weight: Tensor, grad: Tensor, group: dict) -> None:
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalised(grad.lerp_(momentum, group["momentum"]), self.dtype)
-        # An orthogonal (O, I) matrix has root mean square 1 / sqrt(max(O, I)); tall ones are
-        # raised.
-        raised = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update, alpha=-group["lr"] * raised)
-
-
-def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
-
-    Worked out and returned in `dtype`, the matrix's own by default. Overwrites nothing.
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrix.to(matrix.dtype if dtype is None else dtype)
-    if x.shape[0] > x.shape[1]:
-        x = x.t()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.t()  # (m, m), m the smaller side
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        del gram
-        x = torch.addmm(x, polynomial, x, beta=a)
-        del polynomial
-    return x if matrix.shape == x.shape else x.t()
-
-
-def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[ParameterWise]:
     """The optimizers of a recipe; together they own every parameter once."""
-    schedule = recipe.schedule
+    schedule, updating = recipe.schedule, Updating.of(recipe)
     groups: dict[str, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    owned = model.ranks.parameters(model)
+    for name, weight in owned.items():
         groups.setdefault(group_of(name), []).append(weight)
-    optimizers: list[torch.optim.Optimizer] = []
-    if recipe.optimizer == "muon":
-        on_cuda = model.runtime.device == "cuda"  # where bf16 is fast
+    stored = {
+        "formats": formats_of(owned.values(), recipe.state_dtype),
+        "names": {weight: name for name, weight in owned.items()},
+        "seed": schedule.seed,
+    }
+    optimizers: list[ParameterWise] = []
+    if updating.optimizer == "muon":
+        whole = model.ranks.whole
         optimizers.append(
             Muon(
                 groups.pop("matrices"),
                 schedule.matrix_learning_rate,
                 weight_decay=schedule.weight_decay,
-                dtype=torch.bfloat16 if on_cuda else None,
+                dtype=DTYPES[muon_dtype(model.runtime, cut=whole is not None)],
+                whole=whole,
+                **stored,
             )
         )
     scales = {"embedding": EMBEDDING_RATE, "value_embedding": VALUE_EMBEDDING_RATE}
@@ -105,8 +63,46 @@ def optimizers_for(model: GPT, recipe: TrainingRecipe) -> list[torch.optim.Optim
         }
         for group, weights in groups.items()
     ]
-    optimizers.append(torch.optim.AdamW(adamw, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=True))
+    optimizers.append(AdamW(adamw, betas=ADAMW_BETAS, eps=ADAMW_EPS, **stored))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
+    if updating.on_host:
+        on_host = StateOnHost(stage_bytes(model.shape, updating), model.embedding.device)
+        for optimizer in optimizers:
+            optimizer.on_host = on_host
+        place_states(optimizers, on_host)
+    if updating.on_host or recipe.steps_in_backward:
+        make_states(optimizers)
     return optimizers
+
+
+def formats_of(weights: Iterable[Tensor], state_dtype: StateDtype) -> dict[Tensor, Format]:
+    """How the moments of each parameter are stored.
+
+    Raises:
+        FailedError: torchao is not installed and int8 needs it.
+    """
+    if state_dtype == "int8":
+        require_torchao()
+    formats: dict[StateDtype, Format] = {"fp32": Fp32(), "bf16": Bf16(), "int8": Int8()}
+    return {w: formats[stored_as(state_dtype, w.numel())] for w in weights}
+
+
+def place_states(optimizers: list[ParameterWise], on_host: StateOnHost) -> None:
+    """Lay all state that belongs there into host memory at once."""
+    on_host.place(
+        (optimizer.state[weight], optimizer.empty_state(weight, WITHOUT_MEMORY))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if optimizer.moves(weight)
+    )
+
+
+def make_states(optimizers: list[ParameterWise]) -> None:
+    """Make all state at once, before activations lie where it would fall in between."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                optimizer.state_of(weight)

@@ -8,19 +8,20 @@ from typing import Any
 import msgspec
 
 from snugpt.errors import BadQuestionError
-from snugpt.estimate.memory import runtime_of, timeline_of
+from snugpt.estimate.host import GPU_HOST_BYTES, host_bytes
+from snugpt.estimate.memory import batch_of, runtime_of, timeline_of
 from snugpt.estimate.speed import speed_estimate
 from snugpt.estimate.stacks.catalogue import find_stack
-from snugpt.planner.command import command_line
+from snugpt.planner.command import command_line, started_by
 from snugpt.planner.draft import MOST_EPOCHS, Draft, draft
 from snugpt.planner.explain import ladder, rejections, training_reasons
 from snugpt.planner.generating import largest_batch
 from snugpt.planner.horizon import CorpusSize, automatic_batch_tokens, corpus_tokens
-from snugpt.planner.machine import CPU_ID, Machine, machine_for
-from snugpt.planner.programs import cautions, run_command, what_could_be_had_back
+from snugpt.planner.machine import CPU_ID, Machine, machine_for, share_of_each
+from snugpt.planner.programs import cautions, num_gpus_of, run_command, what_could_be_had_back
 from snugpt.planner.search import Choice, choose
 from snugpt.planner.subject import SHORTEST_CONTEXT
-from snugpt.spec.catalogue import catalogue
+from snugpt.spec.catalogue import card
 from snugpt.spec.plan import (
     Alternative,
     DataEstimate,
@@ -31,11 +32,10 @@ from snugpt.spec.plan import (
 )
 from snugpt.spec.question import ALIASES, Question
 from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
-from snugpt.units import GIB, gib, plural
+from snugpt.units import gib, plural
 
 KEPT_CHECKPOINTS = 2
 SHARDS = 2  # our own: one file of tokens to train on, one to validate
-GPU_HOST_BYTES = int(2.5 * GIB)  # resident with CUDA's libraries loaded; assumed
 MOST_ALTERNATIVES = 3
 DEFAULT_WHEELS = "default wheels"
 
@@ -86,8 +86,8 @@ def answer(
     asked = question
     try:
         asked = _named(question, machine)
-        made = draft(asked, machine, corpus)
-        choice = choose(made.found, made.asked, made.shape, machine)
+        made = draft(asked, share_of_each(machine, num_gpus_of(asked)), corpus)
+        choice = choose(made.found, made.asked, made.shape, made.machine)
     except BadQuestionError as error:
         from snugpt.planner.mending import with_working_hint
 
@@ -100,7 +100,7 @@ def answer(
         question=_kept(made),
         stack=stack.name,
         command=_command(made, choice),
-        gpu=machine.gpu,
+        gpu=made.machine.gpu,
         shape=made.shape,
         parameters=Parameters(total=sum(groups.values()), groups=groups),
         recipe=choice.recipe,
@@ -120,15 +120,20 @@ def _named(question: Question, machine: Machine) -> Question:
     """The question with its card's id and its stack's version, so that its command says the same
     on any machine and any day."""
     named = msgspec.structs.replace(question, stack=find_stack(question.stack).name)
-    known = machine.gpu.id == CPU_ID or machine.gpu.id in catalogue()
+    known = machine.gpu.id == CPU_ID or card(machine.gpu.id) is not None
     return msgspec.structs.replace(named, gpu=machine.gpu.id) if known else named
 
 
 def _command(made: Draft, choice: Choice) -> str:
     """What runs it: our own command, or that of another stack's program."""
     recipe = choice.recipe
-    if find_stack(made.asked.stack).version is None or isinstance(recipe, GenerationRecipe):
+    if isinstance(recipe, GenerationRecipe):
         return command_line(made.asked)
+    if find_stack(made.asked.stack).version is None:
+        line = command_line(made.asked)
+        alone = recipe.world_size == 1
+        train = f"{started_by(recipe.world_size)} train"
+        return line if alone else line.replace("snugpt plan", train, 1)
     automatic = automatic_batch_tokens(made.asked, made.shape)
     return run_command(made.asked, made.shape, recipe, automatic)
 
@@ -176,17 +181,27 @@ def _data(made: Draft) -> DataEstimate:
 
 
 def _host(made: Draft, choice: Choice) -> HostEstimate:
-    """RAM, disk and one checkpoint: weights in fp32 with the optimizer's state beside them."""
+    """RAM, disk and one checkpoint: weights as they are trained, the optimizer's state beside."""
     recipe, machine = choice.recipe, made.machine
     runtime = runtime_of(made.shape, recipe, machine.gpu, machine.num_threads)
-    resident = timeline_of(made.shape, recipe, runtime).resident
-    state = sum(b.fixed_bytes for b in resident if b.category == "optimizer")
-    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * 4
+    timeline = timeline_of(made.shape, recipe, runtime)
+    resident, stages = timeline.resident, "optimizer stages"
+    state = sum(
+        b.fixed_bytes
+        for b in (*resident, *timeline.host)
+        if b.category == "optimizer" and b.name != stages
+    )
+    stored = 2 if isinstance(recipe, TrainingRecipe) and recipe.weight_dtype == "bf16" else 4
+    weights = sum(find_stack(made.asked.stack).parameter_groups(made.shape).values()) * stored
     ranks = 1
     if isinstance(recipe, TrainingRecipe) and recipe.stack != "snugpt":
         ranks = recipe.world_size  # each writes its share of the state
         weights = sum(b.fixed_bytes for b in resident if b.name.startswith("weights: "))
     checkpoint_bytes = weights + ranks * state
+    if isinstance(recipe, TrainingRecipe) and recipe.stack == "snugpt" and recipe.world_size > 1:
+        gathered = msgspec.structs.replace(recipe, sharding="none")
+        alone = timeline_of(made.shape, gathered, runtime).resident
+        checkpoint_bytes = weights + sum(b.fixed_bytes for b in alone if b.category == "optimizer")
     disk = checkpoint_bytes
     if isinstance(recipe, TrainingRecipe):
         disk *= KEPT_CHECKPOINTS if recipe.stack == "snugpt" else 1  # nanochat keeps its last
@@ -194,7 +209,8 @@ def _host(made: Draft, choice: Choice) -> HostEstimate:
             width = 2 if made.shape.vocab_size <= 1 << 16 else 4
             disk += width * corpus_tokens(made.question, made.corpus)
     on_cpu = machine.gpu.backend == "cpu"
-    ram = choice.memory.process_bytes.high if on_cpu else ranks * GPU_HOST_BYTES
+    pinned = host_bytes(timeline, batch_of(recipe))
+    ram = choice.memory.process_bytes.high if on_cpu else ranks * GPU_HOST_BYTES + pinned
     return HostEstimate(ram_bytes=ram, disk_bytes=disk, checkpoint_bytes=checkpoint_bytes)
 
 

@@ -22,6 +22,13 @@ def command_line(question: Question, **changes: Any) -> str:
     return " ".join(words)
 
 
+def started_by(num_gpus: int) -> str:
+    """Return how snugpt is started on so many cards."""
+    if num_gpus == 1:
+        return "snugpt"
+    return f"torchrun --nproc-per-node {num_gpus} -m snugpt.cli"
+
+
 def refused(message: str, question: Question, **changes: Any) -> BadQuestionError:
     """Return the error for a question that `changes` would mend; its hint asks it with them."""
     return BadQuestionError(message, hint=command_line(question, **changes), changes=changes)

@@ -8,6 +8,7 @@ from snugpt.planner.draft import Draft
 from snugpt.planner.levers import EXACT, SEARCHED, difference, is_exact
 from snugpt.planner.search import TIE_SHARE, Candidate, Choice
 from snugpt.spec.plan import Rejection, Rung
+from snugpt.spec.question import Question
 from snugpt.spec.recipe import LEVERS, TrainingRecipe
 from snugpt.units import gib
 
@@ -28,8 +29,11 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
         reasons["depth"] = draft.depth_rule
     if asked.compute_dtype is None:
         has = "has" if recipe.compute_dtype == "bf16" else "has no"
+        several = recipe.compute_dtype == "fp32" and recipe.world_size > 1
         reasons["compute_dtype"] = (
-            "bf16 is for CUDA 8.0 and up" if gpu.backend == "cpu" else f"{gpu.name} {has} bf16"
+            "bf16 is for CUDA 8.0 and up"
+            if gpu.backend == "cpu"
+            else f"{gpu.name} {has} bf16" + (", and fp16 is for one card" if several else "")
         )
     goal = "smallest" if asked.objective == "memory" else "fastest"
     goal += " that fits" if choice.memory.fits else " there is, and it does not fit"
@@ -43,8 +47,7 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
             reasons[field] = goal
     for lever, default in SEARCHED.items():
         if getattr(asked, lever) is None and getattr(recipe, lever) != default:
-            why = "no exact set of levers fits" if lever in EXACT else "nothing on the card fits"
-            reasons[lever] = "smallest peak" if asked.objective == "memory" else why
+            reasons[lever] = _why_pulled(lever, asked, goal)
     if asked.loss_chunk_tokens is None and recipe.loss == "chunked":
         reasons["loss_chunk_tokens"] = "logits of a chunk take at most 128 MiB"
     if asked.optimizer is None:
@@ -53,6 +56,17 @@ def training_reasons(draft: Draft, choice: Choice) -> dict[str, str]:
     if asked.vocab_size is None and draft.corpus is not None and not draft.question.byte_tokens:
         reasons["vocab_size"] = f"for {draft.corpus.num_bytes / 1e6:.3g} MB of text"
     return reasons
+
+
+def _why_pulled(lever: str, asked: Question, goal: str) -> str:
+    """Why a searched lever is not at its default."""
+    if lever == "sharding":
+        return goal
+    if asked.objective == "memory":
+        return "smallest peak"
+    if lever in EXACT:
+        return "no exact set of levers fits"
+    return "nothing that stays on the card fits"
 
 
 def rejections(draft: Draft, choice: Choice) -> tuple[Rejection, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from snugpt.estimate.making_again import selective_sets
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import refused
 from snugpt.spec.question import Question
@@ -22,7 +23,9 @@ Tier = tuple[LeverSet, ...]
 # What changes the arithmetic, and its value that does not.
 EXACT: dict[str, str] = {"state_dtype": "fp32", "weight_dtype": "master", "fp8": "off"}
 # The levers that are searched beside checkpointing, and where they start.
-SEARCHED = {"offload": "none", "weight_dtype": "master", "state_dtype": "fp32"}
+SEARCHED = {
+    "sharding": "none", "offload": "none", "weight_dtype": "master", "state_dtype": "fp32",
+}  # fmt: skip
 
 
 def tiers(question: Question, shape: ModelShape) -> Iterator[Tier]:
@@ -31,25 +34,35 @@ def tiers(question: Question, shape: ModelShape) -> Iterator[Tier]:
     Raises:
         BadQuestionError: `selective_steps` names none, or other steps than there are.
     """
+    _refuse_pinned_inexact(question)
     checkpoints = _checkpoints(question, shape)
-    offloads = _values(question, "offload")
+    offloads, shardings = _values(question, "offload"), _shardings(question)
+    mild = [sharding for sharding in shardings if sharding != {"sharding": "full"}] or shardings
     formats = [
         {"state_dtype": state, "weight_dtype": weight}
         for weight, state in product(
             _values(question, "weight_dtype"), _values(question, "state_dtype")
         )
     ]
-    if question.exact:
-        formats = formats[:1]
-    for low_bit, far in ((False, False), (False, True), (True, False), (True, True)):
-        levers = tuple(
-            {**checkpoint, "offload": offload, **dtypes}
-            for dtypes in (formats[1:] if low_bit else formats[:1])
-            for offload in (offloads[1:] if far else offloads[:1])
-            for checkpoint in checkpoints
-        )
+    first, low_bit = formats[:1], [] if question.exact else formats[1:]
+    near, far = offloads[:1], offloads[1:]
+    for dtypes, places, divided in (
+        (first, near, mild),
+        (first, near, [sharding for sharding in shardings if sharding not in mild]),
+        (first, far, mild),
+        (low_bit, near, shardings),
+        (low_bit, far, mild),
+    ):
+        sets = product(dtypes, [{"offload": place} for place in places], divided, checkpoints)
+        levers = tuple({**a, **b, **c, **d} for a, b, c, d in sets)
         if levers:
             yield levers
+
+
+def loses_nothing(tier: Tier, question: Question) -> bool:
+    """Whether every set of a tier is as exact as the question allows."""
+    formats = ("weight_dtype", "state_dtype")
+    return all(levers[lever] == _values(question, lever)[0] for levers in tier for lever in formats)
 
 
 def is_exact(recipe: TrainingRecipe) -> bool:
@@ -65,8 +78,8 @@ def in_words(recipe: TrainingRecipe) -> list[str]:
     for lever, default in SEARCHED.items():
         value = getattr(recipe, lever)
         if value != default:
-            words.append(f"{lever} {value}" + (", inexact" if lever in EXACT else ""))
-    return words
+            words.append(f"{lever} {value}" + (" (inexact)" if lever in EXACT else ""))
+    return [*words, "fp8 on (inexact)"] if recipe.fp8 == "on" else words
 
 
 def difference(recipe: TrainingRecipe, other: TrainingRecipe) -> list[str]:
@@ -87,10 +100,29 @@ def _values(question: Question, lever: str) -> tuple[str, ...]:
     return find_stack(question.stack).levers[lever] if pinned is None else (pinned,)
 
 
+def _shardings(question: Question) -> list[LeverSet]:
+    """The ways to divide a step of ours among several cards; of others' it is settled already."""
+    stack = find_stack(question.stack)
+    if stack.version is not None or ((question.num_gpus or 1) == 1 and question.sharding is None):
+        return [{}]
+    return [{"sharding": value} for value in _values(question, "sharding")]
+
+
+def _refuse_pinned_inexact(question: Question) -> None:
+    for lever, value in EXACT.items():
+        pinned = {True: "on", False: "off"}.get(said := getattr(question, lever), said)
+        if question.exact and pinned not in (None, value):
+            raise refused(
+                f"{lever} = {pinned!r} is not allowed with --exact: it rounds more",
+                question, exact=None,
+            )  # fmt: skip
+
+
 def ways_to_checkpoint(shape: ModelShape) -> list[LeverSet]:
     """Nothing again, each worthwhile set of steps again, whole blocks again: fastest first."""
     return [
         {"checkpoint": "none", "selective_steps": ()},
+        *({"checkpoint": "selective", "selective_steps": s} for s in selective_sets(shape)),
         {"checkpoint": "blocks", "selective_steps": ()},
     ]
 

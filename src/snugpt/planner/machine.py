@@ -44,6 +44,19 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     measured_flops_per_s: float | None = None
 
 
+def share_of_each(machine: Machine, num_processes: int) -> Machine:
+    """Return what one of several processes has: a card of its own, or its part of a processor."""
+    if num_processes == 1 or machine.gpu.backend != CPU_ID:
+        return machine
+    measured = machine.measured_flops_per_s
+    return msgspec.structs.replace(
+        machine,
+        capacity_bytes=machine.capacity_bytes // num_processes,
+        num_threads=1,  # torchrun says so
+        measured_flops_per_s=measured and measured / num_processes,
+    )
+
+
 def machine_for(gpu: str | None) -> Machine:
     """Return the machine a question names: a card of the catalogue, "cpu", or None for this one.
 

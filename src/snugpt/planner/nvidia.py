@@ -11,11 +11,11 @@ from typing import Any
 from snugpt.errors import BadQuestionError
 from snugpt.spec.catalogue import find_gpu
 from snugpt.spec.gpu import Dtype, Gpu
+from snugpt.spec.runtime import FIRST_BF16
 
 # The driver's device files: its own module, WSL's bridge, and Jetson's.
 DRIVER_FILES = tuple(Path("/dev") / name for name in ("nvidiactl", "dxg", "nvhost-ctrl"))
 _CARD_FIELDS_ASSUMED = ("bandwidth_bytes_per_s", "flops")
-_FIRST_BF16 = (8, 0)
 
 
 def card_at_hand() -> tuple[Gpu, int] | None:
@@ -74,7 +74,7 @@ def _described(nvml: Any, handle: Any, name: str, total_bytes: int) -> Gpu:
     if (
         major,
         minor,
-    ) >= _FIRST_BF16:  # GeForce tensor cores: twice fp32; data centre cards have more
+    ) >= FIRST_BF16:  # GeForce tensor cores: twice fp32; data centre cards have more
         flops |= {"tf32": fp32, "bf16": 2 * fp32}
     return Gpu(
         id="-".join(name.lower().split()),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from snugpt.errors import BadQuestionError
+from snugpt.estimate.fp8 import FIRST_FP8
 from snugpt.estimate.stacks.catalogue import Stack, find_stack
 from snugpt.estimate.stacks.nanochat.command import base_train_command, mend
 from snugpt.planner.command import command_line, refused
@@ -20,7 +21,6 @@ from snugpt.spec.recipe import Launcher, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import gib
 
-FIRST_FP8 = (8, 9)
 FLASH_3_MAJOR = 9  # elsewhere windows go through masks, before July and where no kernel is found
 # Fields that the planner answers itself, whatever program runs the recipe.
 _PLANNED = frozenset(
@@ -74,11 +74,8 @@ def refuse_what_the_stack_lacks(question: Question, said: dict[str, Any]) -> Non
 
 def _refuse_cards(question: Question, stack: Stack) -> None:
     number = num_gpus_of(question)
-    if number > stack.most_gpus:
-        raise _refusal(
-            question, "num_gpus", number,
-            "it trains on one card; nanochat is a stack that takes up to 8",
-        )  # fmt: skip
+    if number > 1 and question.task == "generate":
+        raise _refusal(question, "num_gpus", number, "it generates on one card")
     if number > 1 and question.launcher == "python":
         raise refused(
             f"launcher = 'python' is not allowed: {number} GPUs are started by torchrun",

@@ -6,6 +6,7 @@ simulated and printed. Should the simulation disagree, the next best is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,16 +14,19 @@ import msgspec
 
 from snugpt.estimate.levers import Objection, why_not
 from snugpt.estimate.memory import (
+    batch_of,
     memory_estimate,
     peak_bytes,
     runtime_of,
+    timeline_of,
 )
+from snugpt.estimate.parameters import num_parameters
 from snugpt.estimate.process import highest_process_bytes
 from snugpt.estimate.speed import step_time_s, training_rate
 from snugpt.estimate.stacks.catalogue import find_stack
 from snugpt.planner.command import plain_dial, refused
 from snugpt.planner.horizon import Amount
-from snugpt.planner.levers import LeverSet, Tier, tiers
+from snugpt.planner.levers import LeverSet, Tier, loses_nothing, tiers
 from snugpt.planner.machine import Machine
 from snugpt.planner.programs import launcher_of, num_gpus_of
 from snugpt.planner.schedule import schedule_for
@@ -30,14 +34,16 @@ from snugpt.planner.subject import seq_len_of
 from snugpt.spec.memory import MemoryEstimate
 from snugpt.spec.question import Objective, Question
 from snugpt.spec.recipe import ComputeDtype, Recipe, TrainingRecipe
+from snugpt.spec.runtime import FIRST_BF16
 from snugpt.spec.shape import ModelShape
 from snugpt.units import GIB, MIB
 
-FIRST_BF16 = (8, 0)  # CUDA capability of Ampere
 CHUNK_BYTES = 128 * MIB  # fp32 logits of one chunk of the loss
 SMALLEST_CHUNK_TOKENS = 64
 TIE_SHARE = 0.001  # step times nearer than this are equal: the estimate is not that sharp
-LARGEST_ESTIMATE_BYTES = 2**60
+LARGEST_ESTIMATE_BYTES = 2**55
+GRADIENT_BYTES = 4  # of a parameter, at most
+NEAREST_SMALLEST = 3  # what the allocator adds may turn the order of the smallest
 
 
 class Candidate(NamedTuple):
@@ -57,30 +63,37 @@ class Choice(NamedTuple):
 
 
 def compute_dtype(question: Question, machine: Machine) -> ComputeDtype:
-    """Return the dtype of the arithmetic: bf16 on CUDA 8.0 and up, else fp32; or what is pinned.
+    """Return the dtype of the arithmetic, or what is pinned.
+
+    bf16 on CUDA 8.0 and up, fp16 on one older card, fp32 on everything else: several would have to
+    agree on the scale of the loss.
 
     Raises:
-        BadQuestionError: bf16 is pinned and the device has none.
+        BadQuestionError: bf16 is pinned and the device has none, or generation in fp16 off CUDA.
     """
     pinned = question.compute_dtype if question.task == "train" else question.weight_dtype
     if pinned == "master":
         raise refused(
-            "weight_dtype = 'master' is not allowed: generation has fp32 and bf16",
+            "weight_dtype = 'master' is not allowed: generation has fp32, bf16 and fp16",
             question,
             weight_dtype=None,
         )
     capability = machine.gpu.capability
     if capability is not None and capability >= FIRST_BF16:
         return pinned or "bf16"
+    several = question.task == "train" and num_gpus_of(question) > 1
+    best: ComputeDtype = "fp32" if capability is None or several else "fp16"
+    field = "compute_dtype" if question.task == "train" else "weight_dtype"
     if pinned == "bf16":
-        field = "compute_dtype" if question.task == "train" else "weight_dtype"
         raise refused(
             f"{field} = 'bf16' is not allowed: {machine.gpu.name} has no bf16, CUDA capability 8.0"
             " and up have",
             question,
-            **{field: "fp32"},
+            **{field: best},
         )
-    return "fp32"
+    if pinned == "fp16" and capability is None:
+        raise refused(f"{field} = 'fp16' is not allowed: it is for CUDA", question, **{field: best})
+    return pinned or best
 
 
 def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> int:
@@ -97,22 +110,24 @@ def loss_chunk_tokens(question: Question, shape: ModelShape, seq_len: int) -> in
 def candidates(
     question: Question, shape: ModelShape, machine: Machine, batch: Amount, tokens: Amount
 ) -> tuple[Candidate, ...]:
-    """Return the sets of levers of a settled question, the largest batch of each first.
+    """Return the sets of levers of a settled question, the largest batch first.
 
-    Tier by tier, until something of a tier fits.
+    Tier by tier, until something of a tier fits; for the smallest peak, all that is exact.
 
     Raises:
         BadQuestionError: a lever is pinned where it can't be pulled.
     """
     base = _base_recipe(question, shape, machine, batch.tokens, tokens.tokens)
     search = _Search(question, shape, machine, base)
-    capacity = machine.capacity_bytes - question.reserve
-    for tier in tiers(question, shape):
-        if search.found and not search.smallest_fits(tier, capacity):
-            continue
-        search.look_at(tier)
-        if any(each.process_bytes <= capacity for each in search.found):
+    smallest, fits = question.objective == "memory", False
+    for number, tier in enumerate(tiers(question, shape)):
+        if fits and not (smallest and loses_nothing(tier, question)):
             break
+        if search.smallest_fits(tier):
+            search.look_at(tier, everything=number == 0 or smallest)
+            fits = True
+    if not search.found:
+        search.look_at(tier, everything=True)
     if not search.found:
         why = search.objection
         assert why is not None
@@ -128,33 +143,59 @@ class _Search:
     def __init__(
         self, question: Question, shape: ModelShape, machine: Machine, base: TrainingRecipe
     ) -> None:
-        self.question, self.shape, self.machine, self.base = question, shape, machine, base
+        self.shape, self.machine, self.base = shape, machine, base
+        self.capacity_bytes = machine.capacity_bytes - question.reserve
         measured = machine.measured_flops_per_s
         self.rate = training_rate(machine.gpu, base, measured).flops_per_s.expected
         self.runtime = runtime_of(shape, base, machine.gpu, machine.num_threads)
         self.batches = list(_batches(question, base))
-        self.found: list[Candidate] = []
+        self.weighed: dict[TrainingRecipe, Candidate] = {}
         self.objection: Objection | None = None
 
-    def look_at(self, tier: Tier) -> None:
-        """Add every set of a tier with every batch."""
-        for levers in tier:
-            for batch, steps in self.batches:
-                candidate = self._candidate(levers, batch, steps)
-                if candidate is not None and candidate not in self.found[-len(self.batches) :]:
-                    self.found.append(candidate)
+    @property
+    def found(self) -> list[Candidate]:
+        """The candidates, the largest batch first."""
+        return sorted(self.weighed.values(), key=lambda each: -batch_of(each.recipe))
 
-    def smallest_fits(self, tier: Tier, capacity_bytes: int) -> bool:
-        """Whether the smallest batch fits with any of the sets that keep least; they are added."""
-        last = tier[-1]["checkpoint"]
+    def smallest_fits(self, tier: Tier) -> bool:
+        """Whether the smallest batch fits with the sets of a tier that keep least."""
         batch, steps = self.batches[-1]
-        tried = [
-            self._candidate(levers, batch, steps) for levers in tier if levers["checkpoint"] == last
-        ]
-        self.found += [each for each in tried if each is not None]
-        return any(each and each.process_bytes <= capacity_bytes for each in tried)
+        least = [levers for levers in tier if levers["checkpoint"] == tier[-1]["checkpoint"]]
+        for offload in dict.fromkeys(levers["offload"] for levers in least):
+            sets = [levers for levers in least if levers["offload"] == offload]
+            allowed = (self.recipe(levers, batch, steps) for levers in reversed(sets))
+            smallest = next((recipe for recipe in allowed if recipe is not None), None)
+            if smallest and self.weigh(smallest).process_bytes <= self.capacity_bytes:
+                return True
+        return False
 
-    def _candidate(self, levers: LeverSet, batch: int, steps: int) -> Candidate | None:
+    def look_at(self, tier: Tier, *, everything: bool) -> None:
+        """Weigh the sets of a tier with every batch; or the fastest first, until one fits."""
+        recipes = [
+            recipe
+            for levers in tier
+            for batch, steps in self.batches
+            if (recipe := self.recipe(levers, batch, steps)) is not None
+        ]
+        if everything:
+            for recipe in recipes:
+                if not self.is_hopeless(recipe):
+                    self.weigh(recipe)
+            return
+        least_s = sorted(
+            ((self.step_s(recipe, waits=False), i) for i, recipe in enumerate(recipes))
+        )
+        fastest_s = math.inf
+        for at_least_s, i in least_s:
+            if at_least_s > fastest_s * (1 + TIE_SHARE):
+                return
+            if not self.is_hopeless(recipes[i]):
+                candidate = self.weigh(recipes[i])
+                if candidate.process_bytes <= self.capacity_bytes:
+                    fastest_s = min(fastest_s, candidate.step_s)
+
+    def recipe(self, levers: LeverSet, batch: int, steps: int) -> TrainingRecipe | None:
+        """The recipe with these levers, None where they can't be pulled together."""
         recipe = msgspec.structs.replace(
             self.base, **levers, device_batch_size=batch, grad_accum_steps=steps
         )
@@ -163,10 +204,32 @@ class _Search:
             if objection is not None:
                 self.objection = self.objection or objection
                 return None
-        peak = peak_bytes(self.shape, recipe, self.runtime)
-        process_bytes = highest_process_bytes(peak, self.runtime, recipe)
-        step_s = step_time_s(self.shape, recipe, self.machine.gpu, self.rate)
-        return Candidate(recipe, process_bytes, step_s)
+        return recipe
+
+    def weigh(self, recipe: TrainingRecipe) -> Candidate:
+        """The recipe with its bytes and its time."""
+        if recipe not in self.weighed:
+            peak = peak_bytes(self.shape, recipe, self.runtime)
+            process_bytes = highest_process_bytes(peak, self.runtime, recipe)
+            self.weighed[recipe] = Candidate(recipe, process_bytes, self.step_s(recipe))
+        return self.weighed[recipe]
+
+    def step_s(self, recipe: TrainingRecipe, *, waits: bool = True) -> float:
+        """Seconds of a step; without `waits` at least so many."""
+        return step_time_s(self.shape, recipe, self.machine.gpu, self.rate, waits=waits)
+
+    def is_hopeless(self, recipe: TrainingRecipe) -> bool:
+        """Whether all of a step in one pass is so far from fitting that it needs no walk.
+
+        One pass differs from several by the gradients at most, which it may let go of on the way.
+        """
+        if recipe.grad_accum_steps > 1 or len(self.batches) == 1:
+            return False
+        batch = recipe.device_batch_size
+        several = msgspec.structs.replace(recipe, device_batch_size=1, grad_accum_steps=batch)
+        timeline = timeline_of(self.shape, several, self.runtime)
+        gradients = num_parameters(self.shape) * GRADIENT_BYTES
+        return timeline.peak_bytes(batch) - gradients > self.capacity_bytes
 
 
 def choose(
@@ -179,12 +242,17 @@ def choose(
     """
     capacity = machine.capacity_bytes - question.reserve
     fitting = [each for each in found if each.process_bytes <= capacity]
+    simulated: list[Choice] = []
     while fitting:
         best = best_of(fitting, question.objective)
         memory = estimate(best.recipe, question, shape, machine)
         if memory.fits:
-            return Choice(best.recipe, memory, best.step_s)
+            simulated.append(Choice(best.recipe, memory, best.step_s))
+            if question.objective == "speed" or len(simulated) == NEAREST_SMALLEST:
+                break
         fitting.remove(best)
+    if simulated:
+        return min(simulated, key=lambda choice: choice.memory.process_bytes.high)
     smallest = min(found, key=lambda each: (each.process_bytes, each.step_s))
     if smallest.process_bytes > LARGEST_ESTIMATE_BYTES:
         plain = plain_dial(question, depth=12)
@@ -254,7 +322,8 @@ def _base_recipe(
     return TrainingRecipe(
         seq_len=seq_len,
         device_batch_size=1,
-        grad_accum_steps=batch // seq_len,
+        grad_accum_steps=batch // seq_len // num_gpus_of(question),
+        world_size=num_gpus_of(question),
         total_batch_tokens=batch,
         total_tokens=tokens,
         compute_dtype=compute_dtype(question, machine),
@@ -263,6 +332,8 @@ def _base_recipe(
         checkpoint="none",
         compile=question.compile or "off",  # until a compiled step has run on a GPU
         optimizer=optimizer,
+        sharding=question.sharding or "none",
+        launcher=launcher_of(question),
         fp8="on" if question.fp8 else "off",
         schedule=schedule,
     )

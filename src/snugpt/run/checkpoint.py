@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from snugpt.data.durable_file import sync_folder
 from snugpt.errors import FailedError, bad_value
+from snugpt.model.parameter_wise import ParameterWise
 from snugpt.run import manifest
 from snugpt.run.manifest import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
 from snugpt.run.tensor_file import opened, optimizer_tensors, tensor_chunks, weights_of
@@ -65,15 +66,18 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[ParameterWise],
     state: Mapping[str, Any],
     keep: int = 2,
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write `folder`/step-<step> whole or not at all, then delete all but the newest `keep`.
 
-    `state` is any mapping msgspec can write as JSON. The caller holds the run's lock: temporary
-    folders found here count as a dead writer's. A step whose checkpoint verifies is not written
-    again. Only checkpoints that verify count as kept, and the one just written is never deleted.
+    `state` is any mapping msgspec can write as JSON. `tensors` are weights and optimizer state that
+    were gathered from several ranks, where model and optimizers have only some of them. The caller
+    holds the run's lock: temporary folders found here count as a dead writer's. A step whose
+    checkpoint verifies is not written again. Only checkpoints that verify count as kept, and the
+    one just written is never deleted.
 
     Raises:
         FailedError: the disk is full or fails; earlier checkpoints are as they were.
@@ -84,7 +88,7 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
     random_state = _random_state(next(model.parameters()).device)
     state_text = msgspec.json.encode(StateFile(step, random_state, dict(state)))
-    weights, moments = weights_of(model), optimizer_tensors(model, optimizers)
+    weights, moments = tensors or (weights_of(model), optimizer_tensors(model, optimizers))
     with _one_line_failure(step, folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_stale(folder)
@@ -150,9 +154,7 @@ def load_newest(
     return None
 
 
-def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[ParameterWise]) -> None:
     """Put weights, optimizer state and random state back, bit for bit, in place.
 
     Learning rates and other hyperparameters stay what the optimizers have. The CUDA random state
@@ -171,6 +173,8 @@ def restore(
         moments.check_optimizers(model, optimizers)
         weights.copy_weights(model)
         moments.copy_optimizers(model, optimizers)
+    for optimizer in optimizers:
+        optimizer.num_steps = checkpoint.step
     _restore_random_state(checkpoint.random_state, next(model.parameters()).device)
 
 

@@ -17,7 +17,7 @@ from snugpt.model.sampling import Sampling, choose
 from snugpt.run.checkpoint import load_newest, restore_weights
 from snugpt.run.run_folder import RunFolder
 from snugpt.spec.recipe import ComputeDtype
-from snugpt.spec.runtime import Runtime
+from snugpt.spec.runtime import FIRST_BF16, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def load_model(folder: RunFolder, weight_dtype: ComputeDtype | None = None) -> T
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runtime = generation_runtime(device, weight_dtype)
-    dtype = weight_dtype or ("bf16" if runtime.attention == "flash" else "fp32")
+    dtype = weight_dtype or generation_dtype(runtime)
     model = build_for_generation(plan.shape, runtime, dtype, device)
     restore_weights(found, model)
     tokenizer = Tokenizer.load(
@@ -61,12 +61,19 @@ def load_model(folder: RunFolder, weight_dtype: ComputeDtype | None = None) -> T
     return TrainedModel(model, tokenizer, device)
 
 
+def generation_dtype(runtime: Runtime) -> ComputeDtype:
+    """The dtype of weights that were not asked for in another: the planner's choice."""
+    if runtime.device == "cpu":
+        return "fp32"
+    return "bf16" if runtime.attention == "flash" else "fp16"
+
+
 def generation_runtime(device: torch.device, weight_dtype: ComputeDtype | None) -> Runtime:
     """The kernels of a device: flash attention where it has bf16 and is not told otherwise."""
     if device.type == "cpu":
         return Runtime(device="cpu", attention="cpu", num_threads=torch.get_num_threads())
     capability = torch.cuda.get_device_capability(device)
-    flash = capability >= (8, 0) and weight_dtype != "fp32"
+    flash = capability >= FIRST_BF16 and weight_dtype in (None, "bf16")
     return Runtime(
         device="cuda", attention="flash" if flash else "efficient", capability=capability
     )

@@ -10,6 +10,7 @@ import torch
 
 from snugpt.errors import FailedError
 from snugpt.estimate.flops import training_flops_per_token
+from snugpt.model.loss_scale import LossScale
 from snugpt.run.receipt import MemoryMeter
 from snugpt.run.reports import EvaluationReport, Notice, StepReport, Watcher
 from snugpt.run.run_folder import RunFolder
@@ -17,6 +18,7 @@ from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import TrainingRecipe
 
 LOG_EVERY_S = 1.0
+LEAST_LOSS_SCALE = 1.0  # 16 halvings below the first
 
 
 class Progress:
@@ -32,14 +34,18 @@ class Progress:
         folder: RunFolder,
         meter: MemoryMeter,
         watcher: Watcher,
+        *,
+        writes: bool = True,
     ) -> None:
         self.plan, self.recipe, self.folder = plan, recipe, folder
         self.meter, self.watcher = meter, watcher
         self.loss: float | None = None
+        self.loss_scale: LossScale | None = None  # of fp16
         self._train_s = 0.0  # in steps after the metered ones, without evaluation and saving
         self._timed_steps = 0
         self._logged_s = time.perf_counter()
         self._metrics_lost = False
+        self._writes = writes  # the first of several ranks
 
     def timed(self, step_s: float) -> None:
         """Count one step that took `step_s` seconds."""
@@ -80,6 +86,8 @@ class Progress:
 
     def write(self, **values: Any) -> None:
         """Add a line to the metrics; a full disk costs the line and one notice, not the run."""
+        if not self._writes:
+            return
         try:
             self.folder.log(**values)
         except FailedError as error:
@@ -91,6 +99,7 @@ class Progress:
         self.loss = loss.item()
         if not math.isfinite(self.loss):
             raise diverged(self.folder, step, f"loss is {self.loss}")
+        scaling = self._scaling(step)
         rate = self.tokens_per_s or 0.0
         left = (self.recipe.num_steps - step) * self.recipe.total_batch_tokens
         allocated, reserved = self.meter.now()
@@ -104,15 +113,24 @@ class Progress:
             allocated_bytes=allocated,
             reserved_bytes=reserved,
         )
-        self.write(kind="step", step=step, loss=self.loss, tokens_per_s=rate or None)
+        self.write(kind="step", step=step, loss=self.loss, tokens_per_s=rate or None, **scaling)
         self.watcher(report)
+
+    def _scaling(self, step: int) -> dict[str, float]:
+        """The scale of the loss and the steps that were not taken for it; empty but in fp16."""
+        if self.loss_scale is None:
+            return {}
+        scale, _, skipped_steps = self.loss_scale.numbers()
+        if scale < LEAST_LOSS_SCALE:
+            raise diverged(self.folder, step, "gradients overflow fp16 however they are scaled")
+        return {"loss_scale": scale, "skipped_steps": int(skipped_steps)}
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         peak = self.plan.gpu.flops.get(self.recipe.compute_dtype)
         if peak is None or self.plan.gpu.backend == "cpu":
             return None
         per_token = training_flops_per_token(self.plan.shape, self.recipe.seq_len)
-        return tokens_per_s * per_token / peak
+        return tokens_per_s * per_token / peak / self.recipe.world_size
 
 
 def diverged(folder: RunFolder, step: int, what: str) -> FailedError:

@@ -8,14 +8,18 @@ import msgspec
 import torch
 
 from snugpt.errors import BadQuestionError, DoesNotFitError, FailedError
+from snugpt.estimate.host import GPU_HOST_BYTES, host_bytes
 from snugpt.estimate.levers import Objection, why_not
-from snugpt.estimate.memory import memory_estimate, runtime_of
+from snugpt.estimate.memory import memory_estimate, runtime_of, timeline_of
+from snugpt.model.stored_state import require_torchao
 from snugpt.planner.command import command_line
+from snugpt.run.distributed import refuse_other_number
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import training_recipe
+from snugpt.spec.host import cpu_capacity_bytes
 from snugpt.spec.plan import Plan
 from snugpt.spec.recipe import TrainingRecipe
-from snugpt.units import gib
+from snugpt.units import gib, gib_of
 
 
 def runnable(plan: Plan, watcher: Watcher) -> Plan:
@@ -24,14 +28,18 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
     Raises:
         BadQuestionError: it is a plan to generate, or with levers that can't be pulled here.
         DoesNotFitError: it does not fit.
-        FailedError: it is for a device that is not here.
+        FailedError: it is for a device that is not here, or int8 without torchao.
     """
-    refuse_levers(plan, training_recipe(plan))
+    recipe = training_recipe(plan)
+    refuse_levers(plan, recipe)
+    refuse_other_number(plan, recipe)
+    if recipe.state_dtype == "int8":
+        require_torchao()
     plan = predicted_anew(plan, watcher)
     if not plan.fits:
         raise DoesNotFitError(
-            f"the plan does not fit: process {gib(plan.memory.process_bytes.high)} of"
-            f" {gib(plan.memory.capacity_bytes)}",
+            f"the plan does not fit: process"
+            f" {gib_of(plan.memory.process_bytes.high, plan.memory.capacity_bytes)}",
             hint=plan.alternatives[0].command if plan.alternatives else "snugpt plan --depth 4",
         )
     backend = plan.gpu.backend
@@ -42,7 +50,28 @@ def runnable(plan: Plan, watcher: Watcher) -> Plan:
             f"the plan is for {plan.gpu.name}, and {why}",
             hint=f"snugpt plan --gpu cpu --layers {plan.shape.num_layers}",
         )
+    if backend != "cpu":
+        refuse_host_memory(plan, training_recipe(plan), cpu_capacity_bytes())
     return plan
+
+
+def refuse_host_memory(plan: Plan, recipe: TrainingRecipe, available_bytes: int) -> None:
+    """Say so where the host has no room for what `offload` pins beside the process.
+
+    Pinned memory is never swapped out: too much of it takes the whole machine down, not the run.
+
+    Raises:
+        DoesNotFitError: it has not.
+    """
+    runtime = runtime_of(plan.shape, recipe, plan.gpu, torch.get_num_threads())
+    pinned = host_bytes(timeline_of(plan.shape, recipe, runtime), recipe.device_batch_size)
+    needed = pinned + GPU_HOST_BYTES
+    if pinned and needed > available_bytes:
+        raise DoesNotFitError(
+            f"offload = {recipe.offload!r} needs {gib(needed)} of host memory, {gib(pinned)} of it"
+            f" pinned; {gib(available_bytes)} are available",
+            hint=command_line(plan.question, offload="none").replace("plan", "train", 1),
+        )
 
 
 def refuse_levers(plan: Plan, recipe: TrainingRecipe) -> None:

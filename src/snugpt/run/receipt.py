@@ -59,6 +59,18 @@ class MemoryMeter:
         self._recording.close()
         self.complete = self.complete or complete
 
+    def again(self) -> None:
+        """Count anew: what was counted so far is of a recipe that is no longer in effect."""
+        self.stop()
+        self.complete = False
+        if self._cuda is not None:
+            self._cuda.reset()
+            return
+        assert self._cpu is not None
+        reset_peak_resident()
+        self._cpu = CpuAllocations(self._cpu.live_bytes, keep_events=False)
+        self._recording.enter_context(self._cpu)
+
     def now(self) -> tuple[int | None, int | None]:
         """Peak allocated and reserved bytes so far, None while the CPU's are being recorded."""
         if self._cuda is not None:
@@ -75,6 +87,7 @@ class MemoryMeter:
         argv: Sequence[str],
         outcome: Outcome = "fit",
         *,
+        retries: int = 0,
         steps: int,
         loss: float | None,
         bits_per_byte: float | None,
@@ -94,6 +107,7 @@ class MemoryMeter:
             predicted=plan.memory,
             tokens_per_s=tokens_per_s,
             steps=steps,
+            retries=retries,
             final_loss=loss,
             bits_per_byte=bits_per_byte,
         )

@@ -21,9 +21,11 @@ from snugpt.data.durable_file import write_durably
 from snugpt.errors import BadQuestionError, FailedError, bad_value
 from snugpt.estimate.stacks.catalogue import SNUGPT
 from snugpt.spec.plan import Plan, encode_plan, read_plan
-from snugpt.spec.recipe import TrainingRecipe
+from snugpt.spec.recipe import Recipe, TrainingRecipe
+from snugpt.spec.shape import ModelShape
 
 RUNS = Path("runs")
+MOST_FIELDS = 4  # that differ and are named in one line
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -65,18 +67,21 @@ class RunFolder:
     def begin(self, plan: Plan, argv: Sequence[str]) -> None:
         """Write plan and argv, or check that the ones here are of the same run.
 
+        A run that goes on with other levers has the new plan from here on.
+
         Raises:
             FailedError: another plan was run here, or the folder can't be written.
         """
         self.check_same(plan, argv)
-        if not self.plan_file.exists():
+        if not self.plan_file.exists() or self.plan().recipe != plan.recipe:
             write_durably(self.plan_file, encode_plan(plan))
         _append_line(self.path / "argv", shlex.join(argv).encode("utf-8", "surrogateescape"))
 
     def check_same(self, plan: Plan, argv: Sequence[str] = ()) -> None:
         """Refuse another plan than the one that was begun here, if one was.
 
-        The hint is the command that was given, with another name: the last one said counts.
+        Levers that leave what is learned alone may differ, tokens per step may not. The
+        hint is the command that was given, with another name.
 
         Raises:
             FailedError: the plan here has another shape or recipe.
@@ -85,10 +90,11 @@ class RunFolder:
             return
         before = self.plan()
         for field in ("shape", "recipe"):
-            if getattr(before, field) != getattr(plan, field):
+            there, here = _learned(getattr(before, field)), _learned(getattr(plan, field))
+            if there != here:
                 raise FailedError(
-                    f"{self.path} holds a run with another {field}",
-                    hint=f"{shlex.join(argv or ('snugpt', 'train'))} --name {self.path.name}-2",
+                    f"{self.path} holds a run with another {field}: {_apart(there, here)}",
+                    hint=_renamed(argv or ("snugpt", "train"), f"{self.path.name}-2"),
                 )
 
     def log(self, **values: Any) -> None:
@@ -111,6 +117,50 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return found
+
+
+def _learned(part: ModelShape | Recipe) -> ModelShape | Recipe:
+    """A shape or a recipe without what may change while a run goes on: how a step is taken.
+
+    The rows of a step stay, however they are divided.
+    """
+    if not isinstance(part, TrainingRecipe):
+        return part
+    rows = part.device_batch_size * part.grad_accum_steps * part.world_size
+    return msgspec.structs.replace(
+        part, device_batch_size=rows, grad_accum_steps=1, world_size=1, loss="chunked",
+        loss_chunk_tokens=1, checkpoint="none", selective_steps=(), compile="off", offload="none",
+        sharding="none", launcher="python",
+    )  # fmt: skip
+
+
+def _apart(there: ModelShape | Recipe, here: ModelShape | Recipe) -> str:
+    """Which fields differ, with both values: "seed 1 there, 2 here"."""
+    before, now = _fields(there), _fields(here)
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    # Rows of a step follow from its tokens and their length.
+    names = [name for name in names if name != "device_batch_size"] or names
+    said = [f"{name} {before.get(name)} there, {now.get(name)} here" for name in names]
+    more = f"; and {len(said) - MOST_FIELDS} more" if len(said) > MOST_FIELDS else ""
+    return "; ".join(said[:MOST_FIELDS]) + more
+
+
+def _fields(part: ModelShape | Recipe) -> dict[str, Any]:
+    """The fields of a shape or of a recipe, those of its schedule among them."""
+    fields = msgspec.to_builtins(part)
+    schedule = fields.pop("schedule", None) or {}
+    return {**fields, **schedule}
+
+
+def _renamed(argv: Sequence[str], name: str) -> str:
+    """A command with another `--name` in the place of its own."""
+    words, kept = iter(argv), []
+    for word in words:
+        if word == "--name":
+            next(words, None)
+        elif not word.startswith("--name="):
+            kept.append(word)
+    return shlex.join([*kept, "--name", name])
 
 
 def _append_line(path: Path, line: bytes) -> None:
@@ -176,7 +226,9 @@ def training_recipe(plan: Plan) -> TrainingRecipe:
             f"stack = {plan.recipe.stack!r} runs its own program, snugpt trains its own plans only",
             hint=plan.command,
         )
-    allowed: dict[str, tuple[object, ...]] = {**SNUGPT.levers, "world_size": (1,)}
+    allowed: dict[str, tuple[object, ...]] = {
+        **SNUGPT.levers, "world_size": tuple(range(1, SNUGPT.most_gpus + 1)),
+    }  # fmt: skip
     for field, values in allowed.items():
         value = getattr(plan.recipe, field)
         if value not in values:

@@ -15,13 +15,16 @@ from snugpt.data.prepare import PreparedData
 from snugpt.errors import FailedError
 from snugpt.estimate.parameters import num_parameters
 from snugpt.run.checkpoint import DISK_MARGIN_BYTES, Checkpoint, save_checkpoint
+from snugpt.run.gathering import gathered
 from snugpt.run.progress import diverged
 from snugpt.run.reports import Notice, Watcher
 from snugpt.run.run_folder import RunFolder
+from snugpt.spec.recipe import TrainingRecipe
 from snugpt.spec.shape import ModelShape
 from snugpt.units import gib
 
-SMALLEST_STATE_BYTES = 8  # per parameter: an fp32 weight and at least one fp32 moment
+WEIGHT_BYTES = {"master": 4, "bf16": 2}
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of which each parameter has at least one
 
 
 class Saver:
@@ -34,13 +37,14 @@ class Saver:
             "corpus_sha256": data.corpus.sha256,
         }
 
-    def refuse_full_disk(self, shape: ModelShape) -> None:
+    def refuse_full_disk(self, shape: ModelShape, recipe: TrainingRecipe) -> None:
         """Say before the first step that the last could not be saved.
 
         Raises:
             FailedError: there is no room for one checkpoint.
         """
-        needed_bytes = num_parameters(shape) * SMALLEST_STATE_BYTES + DISK_MARGIN_BYTES
+        each_bytes = WEIGHT_BYTES[recipe.weight_dtype] + MOMENT_BYTES[recipe.state_dtype]
+        needed_bytes = num_parameters(shape) * each_bytes + DISK_MARGIN_BYTES
         free_bytes = shutil.disk_usage(self.folder.path).free
         if free_bytes < needed_bytes:
             raise FailedError(
@@ -103,12 +107,13 @@ class Saver:
         optimizers: Sequence[torch.optim.Optimizer],
         state: dict[str, Any],
     ) -> None:
-        save_checkpoint(
-            self.folder.checkpoints, step, model, optimizers, {**state, **self._identities}
-        )
+        parts = {"tensors": gathered(model, optimizers)} if model.ranks.cuts_state else {}
+        if model.ranks.rank == 0:
+            said = {**state, **self._identities}
+            save_checkpoint(self.folder.checkpoints, step, model, optimizers, said, **parts)
 
     def _refuse_broken_weights(self, step: int, model: nn.Module) -> None:
         """A checkpoint that is no number would push out a sound one."""
-        norm = torch.nn.utils.get_total_norm(model.parameters()).item()
+        norm = torch.nn.utils.get_total_norm(model.ranks.parameters(model).values()).item()
         if not math.isfinite(norm):
             raise diverged(self.folder, step, f"the norm of the weights is {norm}")

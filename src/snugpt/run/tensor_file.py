@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from snugpt.errors import FailedError
+from snugpt.estimate.sharding import Piece
+from snugpt.model.parameter_wise import ParameterWise
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -30,6 +32,8 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+WITHOUT_MEMORY = torch.device("meta")
+STORED_OTHERWISE = "the optimizer here keeps its state in another dtype"
 HEADER_MULTIPLE_BYTES = 8  # the format's alignment: padded headers let readers map the tensors
 
 
@@ -37,9 +41,15 @@ HEADER_MULTIPLE_BYTES = 8  # the format's alignment: padded headers let readers 
 class Owner:
     """The optimizer that updates one parameter."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: ParameterWise
     parameter: nn.Parameter
-    on_device: bool  # whether scalars of the state live on the parameter's device
+    piece: Piece | None = None  # the rows of its weight that are updated here, where not all are
+
+    def whole_shape(self, tensor: Tensor) -> torch.Size:
+        """The shape of what the parameter's `tensor` is a part of; scalars are whole."""
+        if self.piece is None or not tensor.dim():
+            return tensor.shape
+        return torch.Size((self.piece.rows, *tensor.shape[1:]))
 
 
 def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -72,9 +82,7 @@ def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[ParameterWise]) -> dict[str, Tensor]:
     """The optimizers' state by "<optimizer>/<parameter name>/<key>"; empty before the first step.
 
     Rates and other hyperparameters are left out: they belong to the recipe's schedule.
@@ -111,30 +119,56 @@ class TensorFile:
     def copy_weights(self, model: nn.Module) -> None:
         """Overwrite the model's weights in place."""
         for name, weight in weights_of(model).items():
-            weight.copy_(self.file.get_tensor(name))
+            here, piece = model.ranks.stored(name, weight)
+            self._copy(here, name, piece)
 
-    def check_optimizers(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-    ) -> None:
-        """Raise FailedError if the file holds state that no optimizer here has a place for."""
+    def _copy(self, here: Tensor, name: str, piece: Piece | None) -> None:
+        """Overwrite a tensor with the one of that name, or with a piece of it."""
+        if piece is None or not here.dim():
+            here.copy_(self.file.get_tensor(name))
+        elif here.numel():
+            here.copy_(self.file.get_slice(name)[piece.begin : piece.end])
+
+    def check_optimizers(self, model: nn.Module, optimizers: Sequence[ParameterWise]) -> None:
+        """Raise FailedError unless the file holds what the optimizers keep of each parameter.
+
+        Of a parameter that was never updated it holds nothing.
+        """
         owners = _owners(model, optimizers)
-        for name in sorted(self.names):
-            owner = owners.get(name.rpartition("/")[0])
+        elsewhere = weights_of(model).keys() - model.ranks.parameters(model).keys()
+        stored = {name.rpartition("/")[0] for name in self.names}
+        for prefix in sorted(stored):
+            owner = owners.get(prefix)
+            if prefix.partition("/")[2] in elsewhere:  # another rank's
+                continue
             if owner is None:
-                raise self._mismatch(f"holds {name}, for which no optimizer here has a place")
-            self._check_shape(name, [owner.parameter.shape, torch.Size()])
+                first = min(name for name in self.names if name.rpartition("/")[0] == prefix)
+                raise self._mismatch(f"holds {first}, for which no optimizer here has a place")
+            self._check_state(prefix, owner)
 
-    def copy_optimizers(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-    ) -> None:
+    def _check_state(self, prefix: str, owner: Owner) -> None:
+        here = owner.optimizer.empty_state(owner.parameter, WITHOUT_MEMORY)
+        there = {name.rpartition("/")[2] for name in self.names if name.startswith(f"{prefix}/")}
+        for key in sorted(there ^ here.keys()):
+            holds = f"holds {prefix}/{key}, which" if key in there else f"lacks {prefix}/{key}:"
+            raise self._mismatch(f"{holds} {STORED_OTHERWISE}")
+        for key, tensor in here.items():
+            name, dtype = f"{prefix}/{key}", DTYPE_NAMES[tensor.dtype]
+            self._check_shape(name, [owner.whole_shape(tensor)])
+            if self._dtype(name) != dtype:
+                raise self._mismatch(f"holds {name} as {self._dtype(name)}, here it is {dtype}")
+
+    @torch.no_grad()
+    def copy_optimizers(self, model: nn.Module, optimizers: Sequence[ParameterWise]) -> None:
         """Overwrite the optimizers' state in place; what no step has made yet is made here."""
         owners = _owners(model, optimizers)
         stored = {name.rpartition("/")[0] for name in self.names}
         for prefix in owners.keys() - stored:
             owners[prefix].optimizer.state.pop(owners[prefix].parameter, None)
-        for name in sorted(self.names):
-            prefix, _, key = name.rpartition("/")
-            _put_state(owners[prefix], key, self.file.get_tensor(name))
+        for prefix in sorted(stored & owners.keys()):
+            owner = owners[prefix]
+            for key, tensor in owner.optimizer.state_of(owner.parameter).items():
+                self._copy(tensor, f"{prefix}/{key}", owner.piece)
 
     def _dtype(self, name: str) -> str:
         dtype: str = self.file.get_slice(name).get_dtype()
@@ -170,29 +204,14 @@ def opened(path: Path) -> Iterator[TensorFile]:
         ) from error
 
 
-def _owners(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Owner]:
+def _owners(model: nn.Module, optimizers: Iterable[ParameterWise]) -> dict[str, Owner]:
     """Who updates each parameter, by "<optimizer>/<parameter name>"."""
-    name_of = {parameter: name for name, parameter in weights_of(model).items()}
+    name_of = {parameter: name for name, parameter in model.ranks.parameters(model).items()}
     owners = {}
     for optimizer in optimizers:
         label = type(optimizer).__name__.lower()
         for group in optimizer.param_groups:
-            on_device = bool(group.get("fused") or group.get("capturable"))
             for parameter in group["params"]:
-                owner = Owner(optimizer, parameter, on_device)
-                owners[f"{label}/{name_of[parameter]}"] = owner
+                name = name_of[parameter]
+                owners[f"{label}/{name}"] = Owner(optimizer, parameter, model.ranks.own_piece(name))
     return owners
-
-
-@torch.no_grad()
-def _put_state(owner: Owner, key: str, value: Tensor) -> None:
-    """Set one entry of a parameter's state, in its own storage where it has one."""
-    state = owner.optimizer.state[owner.parameter]
-    present = state.get(key)
-    if present is None or (present.shape, present.dtype) != (value.shape, value.dtype):
-        # PyTorch keeps a step counter on the host unless the update itself reads it on the device
-        scalar_on_host = not value.dim() and not owner.on_device
-        device = torch.device("cpu") if scalar_on_host else owner.parameter.device
-        present = torch.empty_like(value, device=device)
-        state[key] = present
-    present.copy_(value)

@@ -3,11 +3,12 @@
 A text names a card when its words, split where letters meet digits, are exactly the words of one of
 the card's spellings. Vendor words ("NVIDIA", "GeForce", "Tesla", "Apple", "GPU") may be there or
 not; case, spaces, hyphens and underscores do not count. There is no prefix or nearest match: a card
-that is not in the catalogue ("rtx 4090 laptop", "a100 20gb") is refused, not taken for its sibling.
+that is not in the catalogue ("rtx 4090 d", "a100 20gb") is refused, not taken for its sibling.
 
 Where a plain name covers several cards it is the one with the least memory (`a100` is the 40 GB
 one, `v100` the 16 GB one), so that a plan made for it holds on the others too. Exceptions, by
-custom: `rtx 3060` is the 12 GB one, `gtx 1060` the 6 GB one. Plain `h100` is the 80 GB SXM.
+custom: `rtx 3060` is the 12 GB one, `rtx 3050` the 8 GB one, `gtx 1060` the 6 GB one. Plain `h100`
+is the 80 GB SXM.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     capability: tuple[int, int] | None = None
     unified: bool = False
     num_multiprocessors: int | None = None
+    pcie: tuple[int, int] | None = None
+    host_link_gb_per_s: float | None = None
+    nvlink_gb_per_s: float | None = None
+    power_w: float | None = None
     aliases: tuple[str, ...] = ()
     recalled: tuple[str, ...] = ()
 
@@ -56,9 +61,28 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 @cache
 def catalogue() -> Mapping[str, Gpu]:
     """Return every card of the catalogue by its id, in the order of the file."""
-    tables = tomllib.loads(CATALOGUE_FILE.read_text(encoding="utf-8"))["gpu"]
-    rows = msgspec.convert(tables, list[_Row])
-    return MappingProxyType({row.id: _gpu(row) for row in rows})
+    return MappingProxyType({gpu.id: gpu for gpu in _read(_text())})
+
+
+@cache
+def card(card_id: str) -> Gpu | None:
+    """Return the card of that id, None where there is none; only its own table is read."""
+    text, head = _text(), f'\n[[gpu]]\nid = "{card_id}"\n'
+    start = text.find(head)
+    if start < 0:
+        return None
+    end = text.find("\n[[gpu]]\n", start + len(head))
+    return _read(text[start : end if end > 0 else None])[0]
+
+
+@cache
+def _text() -> str:
+    return CATALOGUE_FILE.read_text(encoding="utf-8")
+
+
+def _read(tables: str) -> list[Gpu]:
+    rows = msgspec.convert(tomllib.loads(tables)["gpu"], list[_Row])
+    return [_gpu(row) for row in rows]
 
 
 def find_gpu(text: str) -> Gpu:
@@ -67,6 +91,9 @@ def find_gpu(text: str) -> Gpu:
     Understands ids (`a100-80gb`), what the driver calls the card ("NVIDIA A100-SXM4-80GB") and what
     people type ("4090", "geforce rtx 3060 12 GB").
     """
+    exact = card(text)
+    if exact is not None:
+        return exact
     words = _words(text) if len(text) <= _LONGEST_NAME else ()
     card_id = _ids_by_words().get(words)
     if card_id is None:
@@ -87,12 +114,34 @@ def _gpu(row: _Row) -> Gpu:
         capability=row.capability,
         unified=row.unified,
         num_multiprocessors=row.num_multiprocessors,
+        pcie=row.pcie,
+        host_link_bytes_per_s=_host_link_bytes_per_s(row),
+        peer_link_bytes_per_s=_bytes_per_s(row.nvlink_gb_per_s),
+        power_w=row.power_w,
         pytorch=row.pytorch,
         aliases=row.aliases,
         sources=row.sources,
         date=row.date,
         recalled=row.recalled,
     )
+
+
+def _host_link_bytes_per_s(row: _Row) -> float | None:
+    """Return what the link to the CPU carries in one direction, None where it is not known.
+
+    PCIe from generation 3 on: 8 GT/s a lane, twice as much with every generation, 128 payload bits
+    in 130 (https://intel.com/content/www/us/en/docs/programmable/683111/23-4/
+    avalon-st-interface-with-optional-sr.html).
+    """
+    if row.pcie is None or row.host_link_gb_per_s is not None:
+        return _bytes_per_s(row.host_link_gb_per_s)
+    generation, lanes = row.pcie
+    bits_per_s = 8e9 * 2.0 ** (generation - 3) * lanes * 128 / 130
+    return bits_per_s / 8
+
+
+def _bytes_per_s(gb_per_s: float | None) -> float | None:
+    return None if gb_per_s is None else gb_per_s * 1e9
 
 
 @cache

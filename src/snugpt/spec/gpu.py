@@ -18,6 +18,11 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     structured sparsity, fp32 accumulation) in FLOP/s per number format; a format the device has no
     fast path for is absent.
 
+    `host_link_bytes_per_s` and `peer_link_bytes_per_s` are what the links to the CPU and to other
+    cards can carry in one direction, in theory: a machine may wire fewer lanes, and a copy reaches
+    less. `peer_link_bytes_per_s` is NVLink to all peers together; None where there is none, so that
+    peers talk over the host link, or none is known.
+
     A field named in `recalled` was not found on any page of `sources`: what follows from it is
     assumed, not read.
     """
@@ -32,6 +37,10 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     capability: tuple[int, int] | None = None  # CUDA compute capability
     unified: bool = False  # memory shared with the CPU
     num_multiprocessors: int | None = None
+    pcie: tuple[int, int] | None = None  # generation and lanes
+    host_link_bytes_per_s: float | None = None  # one way
+    peer_link_bytes_per_s: float | None = None  # one way
+    power_w: float | None = None  # the maker's board power; of a laptop, that of the rates above
     pytorch: str = ""  # which PyTorch builds still hold kernels for it, with a way to install them
     aliases: tuple[str, ...] = ()  # people's spellings beyond the id and the name
     sources: tuple[str, ...] = ()  # addresses of the pages the figures were read on

@@ -44,7 +44,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One run's peaks in bytes, as counted, beside the prediction as it was that day.
 
     `counters` says for "allocated", "reserved" and "process" what counted it. `phases` are peaks of
-    the allocated bytes within each phase. `final_loss` is in nats per token.
+    the allocated bytes within each phase. `retries`: how often a step ran out of memory and was
+    taken again with a smaller micro-batch; the rest is then of the recipe in effect at the end.
+    `final_loss` is in nats per token.
     """
 
     schema: int = SCHEMA
@@ -66,6 +68,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     num_ooms: int | None = None
     tokens_per_s: float | None = None
     steps: int | None = None
+    retries: int | None = None
     final_loss: float | None = None
     bits_per_byte: float | None = None
     environment: Environment
@@ -122,6 +125,7 @@ _COUNTS = (
     "alloc_retries",
     "num_ooms",
     "steps",
+    "retries",
 )
 
 

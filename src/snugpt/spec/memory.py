@@ -72,6 +72,14 @@ class MemoryEstimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     terms: tuple[MemoryTerm, ...]
 
     @property
+    def categories(self) -> dict[Category, int]:
+        """Bytes at the peak by category, the largest first."""
+        sizes: dict[Category, int] = {}
+        for term in self.terms:
+            sizes[term.category] = sizes.get(term.category, 0) + term.bytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+    @property
     def fits(self) -> bool:
         """Whether the most pessimistic process size is within the device."""
         return self.process_bytes.high <= self.capacity_bytes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -15,6 +16,13 @@ from snugpt.spec.recipe import GenerationRecipe, TrainingRecipe
 from snugpt.spec.shape import ModelShape
 
 SCHEMA = 1
+_ENUM = re.compile(r"Invalid enum value '(.*)' - at `\$\.(.*)`", re.DOTALL)
+# A plan's own command, for one GPU and for several, and no more than one.
+_COMMAND = re.compile(
+    r"(?:snugpt plan|torchrun --nproc-per-node \d -m snugpt\.cli train)"
+    r"( [^\x00-\x1f;&|<>$`\\]*)?"
+)
+_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class SpeedEstimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,22 +130,75 @@ def read_plan(path: Path) -> Plan:
     try:
         raw = path.read_bytes()
     except OSError as error:
+        name = str(path)
+        free = isinstance(error, FileNotFoundError) and name.endswith(".json")
+        free = free and _STEM.fullmatch(name) is not None  # and in the present folder
         raise FailedError(
-            f"plan {str(path)!r} can't be read: {error.strerror}",
-            hint="snugpt plan --depth 12 --json > plan.json",
+            f"plan {name!r} can't be read: {error.strerror}",
+            hint=f"snugpt plan --depth 12 -o {name if free else _beside(name)}",
         ) from None
     return decode_plan(raw, str(path))
 
 
 def decode_plan(raw: bytes, name: str) -> Plan:
-    """Turn the bytes of a plan.json into a Plan; `name` is for the error."""
-    hint = "snugpt plan --depth 12 --json > plan.json"
+    """Turn the bytes of a plan.json into a Plan; `name` is for the error.
+
+    The hint is the command that the plan was made with; it leaves the file alone.
+    """
+    fields: dict[str, Any] = {}
     try:
-        schema = msgspec.json.decode(raw, type=dict[str, Any]).get("schema")
+        fields = msgspec.json.decode(raw, type=dict[str, Any])
+        schema = fields.get("schema")
         if schema != SCHEMA:
             raise bad_value("schema", schema, f"this snugpt reads {SCHEMA}")
         return msgspec.json.decode(raw, type=Plan)
     except BadQuestionError as error:
-        raise BadQuestionError(f"{name}: {error.message}", hint=hint) from None
+        raise BadQuestionError(f"{name}: {error.message}", hint=_again(fields, name)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadQuestionError(f"{name} is not a plan: {error}", hint=hint) from None
+        said = _not_allowed(str(error))
+        message = f"{name}: {said}" if said else f"{name} is not a plan: {error}"
+        raise BadQuestionError(message, hint=_again(fields, name)) from None
+
+
+def _again(fields: dict[str, Any], name: str) -> str:
+    """The command that makes such a plan anew, in a file beside the one that is not one."""
+    command = fields.get("command")
+    found = _COMMAND.fullmatch(command) if isinstance(command, str) else None
+    flags = " --depth 12" if found is None else found[1] or ""
+    return f"snugpt plan{flags} -o {_beside(name)}"
+
+
+def _beside(name: str) -> str:
+    """A file name in the present folder that is not `name`."""
+    stem = Path(name).stem
+    return f"{stem}-2.json" if _STEM.fullmatch(stem) else "plan-2.json"
+
+
+def _not_allowed(error: str) -> str | None:
+    """msgspec's line on a value that is none of a field's, with the field and what it may be."""
+    found = _ENUM.fullmatch(error)
+    if found is None:
+        return None
+    value, path = found.groups()
+    kinds: list[Any] = [Plan]
+    for part in re.sub(r"\[[^\]]*\]", "", path).split("."):
+        kinds = [
+            inner
+            for kind in kinds
+            for inner in _leaves(get_type_hints(kind).get(part) if _is_struct(kind) else None)
+        ]
+    allowed = [
+        str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)
+    ]
+    return bad_value(path, value, ", ".join(allowed)).message if allowed else None
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """The structs and literals within a type: `tuple[X, ...] | None` has X."""
+    if get_origin(kind) is Literal or _is_struct(kind):
+        return [kind]
+    return [leaf for inner in get_args(kind) for leaf in _leaves(inner)]
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)

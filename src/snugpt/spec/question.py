@@ -10,6 +10,7 @@ import msgspec
 
 from snugpt.errors import bad_value
 from snugpt.spec.recipe import (
+    LARGEST_CLIP_NORM,
     Checkpoint,
     Compile,
     ComputeDtype,
@@ -122,7 +123,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0.0, 1.0),
     "warmup_fraction": (0.0, 1.0),
     "cooldown_fraction": (0.0, 1.0),
-    "clip_norm": (0.0, 1e3),
+    "clip_norm": (0.0, LARGEST_CLIP_NORM),
     "seed": (0, (1 << 63) - 1),
     "eval_every": (1, 1 << 40),
     "save_every": (1, 1 << 40),

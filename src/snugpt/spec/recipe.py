@@ -28,6 +28,7 @@ Compile = Literal["off", "on"]
 _COUNTS = (
     "seq_len", "device_batch_size", "grad_accum_steps", "loss_chunk_tokens", "world_size",
 )  # fmt: skip
+LARGEST_CLIP_NORM = 1e3
 SELECTIVE_STEPS: tuple[SelectiveStep, ...] = ("pointwise", "qkv", "up")
 # Fields that say how a step is taken, besides its batch and the dtype it computes in.
 LEVERS = (
@@ -58,8 +59,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, field)
             if not 0.0 < value < 1e4:  # also refuses NaN
                 raise bad_value(field, value, "above 0, below 10000")
-        if not 0.0 <= self.clip_norm < 1e4:
-            raise bad_value("clip_norm", self.clip_norm, "0 (no clipping) to below 10000")
+        if not 0.0 <= self.clip_norm <= LARGEST_CLIP_NORM:
+            allowed = f"0 to {LARGEST_CLIP_NORM:g}, 0 does not clip"
+            raise bad_value("clip_norm", self.clip_norm, allowed)
         for field in ("weight_decay", "warmup_fraction", "cooldown_fraction", "final_fraction"):
             value = getattr(self, field)
             if not 0.0 <= value <= 1.0:
@@ -132,9 +134,13 @@ class TrainingRecipe(
         Only where nothing has to see all gradients together: one pass to a step, no clipping, no
         scaled loss, one device.
         """
-        clips = self.schedule is None or self.schedule.clip_norm > 0
         alone = self.world_size == 1 and self.grad_accum_steps == 1
-        return alone and not clips and self.compute_dtype != "fp16"
+        return alone and not self.clips and self.compute_dtype != "fp16"
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped, all together."""
+        return self.schedule is None or self.schedule.clip_norm > 0
 
     @property
     def micro_batch_tokens(self) -> int:

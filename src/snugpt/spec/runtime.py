@@ -15,6 +15,7 @@ from snugpt.units import round_up
 
 Attention = Literal["cpu", "math", "flash", "efficient"]
 
+FIRST_BF16 = (8, 0)  # CUDA capability of Ampere
 CUDA_BLOCK_BYTES = 512  # kMinBlockSize of PyTorch's CUDA caching allocator
 
 
@@ -52,7 +53,7 @@ def runtime_for(
     if gpu.backend == "cpu":
         attention: Attention = "math" if dropout else "cpu"
         return Runtime(device="cpu", attention=attention, num_threads=num_threads)
-    flash = gpu.capability is not None and gpu.capability >= (8, 0) and compute_dtype == "bf16"
+    flash = gpu.capability is not None and gpu.capability >= FIRST_BF16 and compute_dtype == "bf16"
     return Runtime(
         device="cuda",
         attention="flash" if flash else "efficient",

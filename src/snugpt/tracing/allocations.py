@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from snugpt.estimate.operations import Buffer
 from snugpt.estimate.timeline import Event, Placed, Segment, Timeline
+from snugpt.model.host_memory import is_host
 from snugpt.spec.memory import Category, Phase
 
 ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -70,6 +71,7 @@ class Allocations(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref, Block]] = {}  # by the storage's address
         self._told: list[Block] = []
         self._resident: list[Block] = []
+        self._host: dict[int, Block] = {}  # what stands for host memory, by address
         self._stretches = [Stretch("forward")]
         self._recording = False
 
@@ -118,6 +120,8 @@ class Allocations(TorchDispatchMode):
     def see(self, tensor: Tensor, func=None) -> Block:
         """Return the tensor's block; its storage is recorded if it was not seen before."""
         storage = tensor.untyped_storage()
+        if is_host(storage):
+            return self._see_host(storage)
         address = storage._cdata
         found = self._alive.get(address)
         if found is not None:
@@ -127,6 +131,14 @@ class Allocations(TorchDispatchMode):
         self._alive[address] = weakref.ref(storage, lambda _: self._freed(address)), block
         self._events.append((1, block))
         return block
+
+    def _see_host(self, storage: torch.UntypedStorage) -> Block:
+        """The block of a storage that stands for host memory: counted apart, not an event."""
+        address = storage._cdata
+        if address not in self._host:
+            self._host[address] = Block(storage.nbytes(), "host memory", "activations")
+            weakref.finalize(storage, self._host.pop, address, None)
+        return self._host[address]
 
     def category_of(self, tensor: Tensor, site: str) -> Category:
         """What a new storage is, as far as its making shows; for those who know more of the model.
@@ -175,7 +187,9 @@ class Allocations(TorchDispatchMode):
             )
             for stretch in self._stretches
         )
-        return Timeline(tuple(buffer(b) for b in self._resident), placed, block_bytes)
+        resident = tuple(buffer(b) for b in self._resident)
+        host = tuple(buffer(b) for b in self._host.values())
+        return Timeline(resident, placed, block_bytes, host=host)
 
     def _freed(self, address: int) -> None:
         _, block = self._alive.pop(address)

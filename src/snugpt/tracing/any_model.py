@@ -26,7 +26,7 @@ from snugpt.errors import BadQuestionError, bad_value
 from snugpt.estimate import scratch
 from snugpt.estimate.timeline import Timeline
 from snugpt.planner.machine import Machine, machine_for
-from snugpt.spec.runtime import Runtime, runtime_for
+from snugpt.spec.runtime import FIRST_BF16, Runtime, runtime_for
 from snugpt.tracing.autocast import Casts, honoured
 from snugpt.tracing.kernels import kernels_of
 from snugpt.tracing.model_allocations import ModelAllocations
@@ -52,7 +52,6 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 LossOf = Callable[[Any, Any], Tensor]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FIRST_BF16 = (8, 0)
 TRAINING_THREADS = 2  # autograd's thread multiplies with a cuBLAS handle of its own
 
 

@@ -20,17 +20,25 @@ from snugpt.estimate.timeline import Timeline
 from snugpt.model.build import build_for_generation, build_for_training, group_of
 from snugpt.model.gpt import DTYPES, GPT
 from snugpt.model.kv_cache import KVCache
+from snugpt.model.muon import Muon
 from snugpt.model.optimizers import optimizers_for
+from snugpt.model.parameter_wise import ParameterWise
 from snugpt.model.sampling import Sampling, choose
 from snugpt.model.step import Batch, evaluate_batch, step
+from snugpt.model.stored_state import Int8
 from snugpt.spec.memory import Category
 from snugpt.spec.recipe import GenerationRecipe, Recipe, TrainingRecipe
 from snugpt.spec.runtime import Runtime
 from snugpt.spec.shape import ModelShape
 from snugpt.tracing.allocations import Allocations
 from snugpt.tracing.kernels import kernels_of, scratch_of
+from snugpt.tracing.ranks import pretended_ranks
 
 NOT_TRACED = "compile = 'on' is not traced: what is compiled runs on its GPU only"
+OPTIMIZER_FILES = {
+    "adamw.py", "muon.py", "parameter_wise.py", "state_on_host.py", "stochastic_rounding.py",
+    "stored_state.py",
+}  # fmt: skip
 MODEL_FOLDER = str(Path(snugpt.model.__file__).parent)
 
 
@@ -48,7 +56,7 @@ class StepAllocations(Allocations):
         if file in ("loss.py", "sampling.py"):
             rows_of_channels = tensor.dim() > 1 and tensor.shape[-1] == self._model_dim
             return "activations" if rows_of_channels else "logits"
-        if file == "optimizers.py":
+        if file in OPTIMIZER_FILES:
             return "optimizer"
         return "gradients" if self.phase == "clip" else "activations"
 
@@ -60,11 +68,16 @@ def trace(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> Timeline:
 
 
 def trace_training(
-    shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime, most_micro_steps: int = 2
+    shape: ModelShape,
+    recipe: TrainingRecipe,
+    runtime: Runtime,
+    most_micro_steps: int = 2,
+    rank: int | None = None,
 ) -> Timeline:
     """The second step and an evaluation batch after it.
 
-    From the second micro-step on they are all alike: two stand for more.
+    From the second micro-step on they are all alike: two stand for more. Of several devices one is
+    traced, by default the rank that keeps most; what the others would send comes from nowhere.
 
     Raises:
         BadQuestionError: the recipe compiles.
@@ -72,10 +85,8 @@ def trace_training(
     if recipe.compile == "on":
         raise BadQuestionError(NOT_TRACED, hint="snugpt trace --depth 12 --compile off")
     if recipe.grad_accum_steps > most_micro_steps:
-        tokens = most_micro_steps * recipe.micro_batch_tokens
-        recipe = replace(
-            recipe, grad_accum_steps=most_micro_steps, world_size=1, total_batch_tokens=tokens
-        )
+        tokens = most_micro_steps * recipe.micro_batch_tokens * recipe.world_size
+        recipe = replace(recipe, grad_accum_steps=most_micro_steps, total_batch_tokens=tokens)
 
     def batch(rows: int) -> Batch:
         size = rows, recipe.seq_len
@@ -88,7 +99,12 @@ def trace_training(
         return batch(recipe.device_batch_size)
 
     allocations = StepAllocations(shape, runtime)
-    with kernels_of(runtime), _random_states_seen(allocations, runtime), allocations:
+    with (
+        pretended_ranks(shape, recipe, rank),
+        kernels_of(runtime),
+        _random_states_seen(allocations, runtime),
+        allocations,
+    ):
         model = build_for_training(shape, recipe, runtime, device="meta")
         optimizers = optimizers_for(model, recipe)
         step(model, optimizers, one_row(recipe), lambda _: batch(1))
@@ -105,8 +121,8 @@ def trace_training(
 def one_row(recipe: TrainingRecipe) -> TrainingRecipe:
     """A recipe whose step is as small as can be: enough for the optimizers to make their state."""
     return replace(
-        recipe, device_batch_size=1, grad_accum_steps=1, world_size=1,
-        total_batch_tokens=recipe.seq_len,
+        recipe, device_batch_size=1, grad_accum_steps=1,
+        total_batch_tokens=recipe.seq_len * recipe.world_size,
     )  # fmt: skip
 
 
@@ -172,14 +188,24 @@ def _label_weights(allocations: Allocations, model: GPT) -> None:
         allocations.label(mask, "weights", "window masks")
 
 
-def _label_states(allocations: Allocations, optimizers) -> None:
+def _label_states(allocations: Allocations, optimizers: list[ParameterWise]) -> None:
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        muon = isinstance(optimizer, Muon)
         for state in optimizer.state.values():
             for name, tensor in state.items():
-                counter = "counters" if name == "step" else "moments"
-                said = "Muon momentum" if kind == "Muon" else f"{kind} {counter}"
+                if name.endswith("_scale"):
+                    said = "Muon scales" if muon else "AdamW scales"
+                elif muon:
+                    said = "Muon momentum"
+                else:
+                    said = "AdamW counters" if name == "step" else "AdamW moments"
                 allocations.label(tensor, "optimizer", said)
+        for stage in optimizer.on_host.stages if optimizer.on_host else ():
+            allocations.label(stage.buffer, "optimizer", "optimizer stages")
+        for stored in optimizer.formats.values():
+            for tables in stored.tables.values() if isinstance(stored, Int8) else ():
+                for table in tables:
+                    allocations.label(table, "weights", "int8 tables")
 
 
 def _tell_workspaces(allocations: Allocations, runtime: Runtime, num_threads: int) -> None:

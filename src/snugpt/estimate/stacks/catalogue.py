@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from snugpt.errors import BadQuestionError, unknown_name
 from snugpt.estimate.flops import executed_flops_per_token
+from snugpt.estimate.fully_sharded import FullyShardedStep
 from snugpt.estimate.parameters import parameter_groups
 from snugpt.estimate.stacks.nanochat import parameters as nanochat
 from snugpt.estimate.stacks.nanochat.eager import EagerStep
@@ -53,7 +54,8 @@ class Stack:
 
 
 def _snugpt_timeline(shape: ModelShape, recipe: TrainingRecipe, runtime: Runtime) -> Timeline:
-    return TrainingStep(shape, recipe, runtime).timeline()
+    step = FullyShardedStep if recipe.sharding == "full" else TrainingStep
+    return step(shape, recipe, runtime).timeline()
 
 
 def _nanochat_timeline(
@@ -77,20 +79,20 @@ SNUGPT = Stack(
     levers=MappingProxyType(
         {
             "loss": ("chunked", "plain"),
-            "checkpoint": ("none", "blocks"),
+            "checkpoint": ("none", "selective", "blocks"),
             "optimizer": ("muon", "adamw"),
-            "state_dtype": ("fp32",),
-            "weight_dtype": ("master",),
-            "fp8": ("off",),
+            "state_dtype": ("fp32", "bf16", "int8"),
+            "weight_dtype": ("master", "bf16"),
+            "fp8": ("off", "on"),
             "compile": ("off", "on"),
-            "sharding": ("none",),
-            "offload": ("none",),
-            "compute_dtype": ("bf16", "fp32"),
-            "launcher": ("python",),
+            "sharding": ("none", "optimizer", "full"),
+            "offload": ("none", "optimizer", "activations"),
+            "compute_dtype": ("bf16", "fp16", "fp32"),
+            "launcher": ("python", "torchrun"),
         }
     ),
     options=MappingProxyType({}),
-    most_gpus=1,
+    most_gpus=8,
     expandable_segments=False,
     timeline=_snugpt_timeline,
     parameter_groups=parameter_groups,

@@ -5,24 +5,32 @@ Read beside `model/gpt.py`: the same calls in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snugpt.estimate import kinds as kind
 from snugpt.estimate import scratch
 from snugpt.estimate.attending import attention, cached_attention
-from snugpt.estimate.operations import FP32, Buffer, Net, Operation, Weight
-from snugpt.estimate.parameters import edge_weights, group_of, layer_kinds, layer_weights
-from snugpt.spec.recipe import BYTES
+from snugpt.estimate.operations import Buffer, Call, Net, Operation, Weight
+from snugpt.estimate.parameters import (
+    all_weights,
+    edge_weights,
+    group_of,
+    layer_kinds,
+    layer_weights,
+)
+from snugpt.estimate.state_on_host import stages, stays
+from snugpt.estimate.updating import Updating, int8_tables, optimizer_state
 from snugpt.spec.runtime import mask_columns
 from snugpt.spec.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of the model: its operations and the buffer that enters it."""
+    """A stretch of the model: its operations, the buffer that enters it, what is made again."""
 
     entry: Buffer | None
     operations: tuple[Operation, ...]
+    made_again: tuple[Call, ...] = ()
 
     @property
     def result(self) -> Buffer:
@@ -71,15 +79,19 @@ def _attention_sublayer(
     q = run(kind.linear(net, h, weights["query"], "queries", "C"))
     k = run(kind.linear(net, h, weights["key"], "keys", "K·D"))
     v = run(kind.linear(net, h, weights["value"], "values", "K·D"))
+    held = [h]
     if "value_embedding" in weights:
         ve = run(kind.embedding(net, weights["value_embedding"], name="value embeddings"))
         v = run(kind.value_gate(net, h, v, ve, weights["value_gate"]))
+        held.append(ve)
     if shape.style != "gpt2":
         q = run(kind.rotary(net, q))
         k = run(kind.rotary(net, k))
     if shape.style == "nanochat":
         q = run(kind.norm(net, q, shape.num_heads, name="queries", text="H"))
         k = run(kind.norm(net, k, shape.num_kv_heads, name="keys", text="K"))
+    # What `Block.heads` is given and what it returns are alive until it returns.
+    operations[-1] = replace(operations[-1], reads=(*operations[-1].reads, *held))
     if cache_tokens is None:
         y = run(attention(net, q, k, v))
     else:
@@ -130,12 +142,18 @@ def head_weight(shape: ModelShape) -> Weight:
     return edge_weights(shape)["embedding" if shape.tied_embeddings else "head"]
 
 
-def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
-    """What lies in memory between steps: weights, tables, masks, optimizer state, workspace."""
+def resident(net: Net, updating: Updating | None) -> tuple[Buffer, ...]:
+    """What lies in memory between steps: weights, tables, masks, optimizer state, workspace.
+
+    `updating` is None where nothing is trained.
+    """
     shape, runtime, mask_tokens = net.shape, net.runtime, net.seq_len
-    buffers = _stored(net, edge_weights(shape), optimizer)
+    buffers = _stored(net, edge_weights(shape), updating)
     for layer, repeats in layer_kinds(shape).items():
-        buffers += _stored(net, layer_weights(shape, layer), optimizer) * repeats
+        buffers += _stored(net, layer_weights(shape, layer), updating) * repeats
+    if updating is not None:
+        buffers += int8_tables(net, all_weights(shape), updating)
+        buffers += stages(net, updating)
     if shape.style != "gpt2":
         size = shape.context_len * (shape.head_dim // 2) * net.width_bytes
         table = net.fixed("rotary tables", "weights", size, "context·D/2 each")
@@ -147,36 +165,24 @@ def resident(net: Net, optimizer: str | None) -> tuple[Buffer, ...]:
             if window is not None and window < mask_tokens:
                 buffers.append(net.fixed("window masks", "weights", size, "windows·T·T"))
     if runtime.device == "cuda":
-        buffers += _cublas_workspaces(net, optimizer)
+        buffers += _cublas_workspaces(net, trains=updating is not None)
     return tuple(buffers)
 
 
-def _stored(net: Net, weights: dict[str, Weight], optimizer: str | None) -> list[Buffer]:
+def _stored(net: Net, weights: dict[str, Weight], updating: Updating | None) -> list[Buffer]:
     """Weights as they are stored, each followed by its optimizer state if there is one."""
     buffers: list[Buffer] = []
-    width = FP32 if net.casts_weights else BYTES[net.compute_dtype]
+    width = net.weight_bytes
     for weight in weights.values():
         name, size = f"weights: {group_of(weight.name)}", weight.elements * width
         buffers.append(net.fixed(name, "weights", size, f"parameters·{width}"))
-        if optimizer:
-            buffers += _optimizer_state(net, weight, optimizer)
+        if updating is not None:
+            buffers += stays(weight, optimizer_state(net, weight, updating), updating)
     return buffers
 
 
-def _optimizer_state(net: Net, weight: Weight, optimizer: str) -> list[Buffer]:
-    """Muon: one fp32 momentum per matrix. AdamW: two fp32 moments and a 4-byte counter."""
-    size = weight.elements * FP32
-    if optimizer == "muon" and group_of(weight.name) == "matrices":
-        return [net.fixed("Muon momentum", "optimizer", size, "matrices·4")]
-    return [
-        net.fixed("AdamW moments", "optimizer", size, "parameters·4"),
-        net.fixed("AdamW moments", "optimizer", size, "parameters·4"),
-        net.fixed("AdamW counters", "optimizer", FP32, "4 per parameter tensor"),
-    ]
-
-
-def _cublas_workspaces(net: Net, optimizer: str | None) -> list[Buffer]:
+def _cublas_workspaces(net: Net, *, trains: bool) -> list[Buffer]:
     """One for each thread that multiplies: the caller's, and autograd's if there is a backward."""
     size = scratch.cublas_workspace(net.runtime.capability)
     workspace = net.fixed("cuBLAS workspace", "workspace", size, "constant of the card")
-    return [workspace] * (1 if optimizer is None else 2)
+    return [workspace] * (2 if trains else 1)
