@@ -70,6 +70,7 @@ def test_a_fitted_factor_moves_the_time_of_its_device_and_of_no_other(monkeypatc
     gpu = plan(gpu="rtx-4090", depth=12)
     blocks = replace(gpu.recipe, checkpoint="blocks", selective_steps=(), compile="off")
     cpu = replace(gpu.gpu, backend="cpu")
+    monkeypatch.setattr(lever_times, "fitted", dict)  # as if nothing had been measured
     before = {card.backend: step_time_s(gpu.shape, blocks, card, 1e13) for card in (gpu.gpu, cpu)}
     monkeypatch.setattr(lever_times, "fitted", lambda: made)
     none = replace(blocks, checkpoint="none")
