@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from snugpt.errors import SnugError
+from snugpt.estimate.fp8 import FIRST_FP8
 from snugpt.estimate.levers import why_not
 from snugpt.estimate.memory import runtime_of
 from snugpt.estimate.speed import speed_estimate
@@ -23,7 +24,7 @@ from snugpt.planner.doctor.commands import with_flags
 from snugpt.planner.doctor.patient import Patient, predicted
 from snugpt.planner.horizon import automatic_batch_tokens
 from snugpt.planner.levers import EXACT, in_words, ways_to_checkpoint
-from snugpt.planner.programs import FIRST_FP8, run_command
+from snugpt.planner.programs import run_command
 from snugpt.planner.search import divisors
 from snugpt.planner.subject import SHORTEST_CONTEXT
 from snugpt.spec.catalogue import catalogue
